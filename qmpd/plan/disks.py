@@ -1,0 +1,113 @@
+"""Fragments for disks: the block graph, the devices and the controllers they need."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from qmpd.argv import Option, document, pairs
+from qmpd.board import DiskBus
+from qmpd.plan.launch import BlankImage
+from qmpd.plan.resolution import Resolved, disk_bus, on_bus
+from qmpd.spec import BlankDisk, BootDevice, Disk, ImageDisk
+
+
+def image_path(machine: Resolved, index: int) -> str:
+    """The image behind disk `index`."""
+    disk = machine.spec.disks[index]
+    return disk.path if isinstance(disk, ImageDisk) else machine.world.paths.disk(index, disk.format)
+
+
+def blank_images(machine: Resolved) -> tuple[BlankImage, ...]:
+    """The images qmpd has to make."""
+    return tuple(
+        BlankImage(path=image_path(machine, index), format=disk.format, size_mib=disk.size_mib)
+        for index, disk in enumerate(machine.spec.disks)
+        if isinstance(disk, BlankDisk)
+    )
+
+
+def is_cdrom(disk: Disk) -> bool:
+    """Whether the guest sees a CD-ROM drive."""
+    return isinstance(disk, ImageDisk) and disk.media == "cdrom"
+
+
+def is_read_only(disk: Disk) -> bool:
+    """Whether QEMU may open the image for reading only."""
+    return isinstance(disk, ImageDisk) and (disk.read_only or disk.media == "cdrom")
+
+
+def boot_index(machine: Resolved, kind: BootDevice, ordinal: int) -> int | None:
+    """The boot index of the `ordinal`-th device of a kind: all of the first kind in `boot_order`, then all of the next."""
+    order = machine.spec.boot_order
+    if kind not in order:
+        return None
+    counts: Counter[BootDevice] = Counter("cdrom" if is_cdrom(disk) else "disk" for disk in machine.spec.disks)
+    counts["network"] = len(machine.spec.nics)
+    return sum(counts[earlier] for earlier in order[: order.index(kind)]) + ordinal
+
+
+def disks(machine: Resolved) -> list[Option]:
+    """All disks in their order, each after the controller that the first of its kind needs."""
+    options: list[Option] = []
+    used: Counter[str] = Counter()
+    of_kind: Counter[BootDevice] = Counter()
+    for index, disk in enumerate(machine.spec.disks):
+        name, bus = disk_bus(disk, machine.board)
+        if name is None or bus is None:
+            raise ValueError(f"disk {index} has no bus on this board: the definition was not validated")
+        kind: BootDevice = "cdrom" if is_cdrom(disk) else "disk"
+        if bus.controller is not None and used[name] == 0:
+            options.append(document("device", {"driver": bus.controller, "id": f"{name}-controller", **on_bus(machine.board)}))
+        if bus.drive_interface is not None:
+            options.append(_board_slot(machine, index, bus, used[name]))
+        else:
+            options.append(_block_node(machine, index))
+            options.append(_device(machine, index, bus, name, used[name], boot_index(machine, kind, of_kind[kind])))
+        used[name] += 1
+        of_kind[kind] += 1
+    return options
+
+
+def _block_node(machine: Resolved, index: int) -> Option:
+    disk = machine.spec.disks[index]
+    file: dict[str, object] = {"driver": "file", "node-name": f"disk{index}-file", "filename": image_path(machine, index)}
+    node: dict[str, object] = {"driver": disk.format, "node-name": f"disk{index}-image", "read-only": is_read_only(disk), "file": file}
+    if disk.discard and not is_read_only(disk):
+        node["discard"] = file["discard"] = "unmap"
+    return document("blockdev", node)
+
+
+def _device(machine: Resolved, index: int, bus: DiskBus, name: str, position: int, boot: int | None) -> Option:
+    disk = machine.spec.disks[index]
+    device: dict[str, object] = {
+        "driver": bus.cdrom_device if is_cdrom(disk) else bus.device,
+        "id": f"disk{index}",
+        "drive": f"disk{index}-image",
+    }
+    if bus.bus is not None:
+        device["bus"] = bus.bus.format(index=position // bus.units)
+    elif bus.controller is not None:
+        device["bus"] = f"{name}-controller.0"
+    else:
+        device |= on_bus(machine.board)
+    serial = disk.serial or (f"disk{index}" if bus.needs_serial else None)
+    if serial is not None:
+        device["serial"] = serial
+    if boot is not None:
+        device["bootindex"] = boot
+    return document("device", device)
+
+
+def _board_slot(machine: Resolved, index: int, bus: DiskBus, position: int) -> Option:
+    disk = machine.spec.disks[index]
+    values: dict[str, str | int | bool | None] = {
+        "if": bus.drive_interface,
+        "index": position,
+        "id": f"disk{index}",
+        "media": "cdrom" if is_cdrom(disk) else None,
+        "format": disk.format,
+        "read-only": True if is_read_only(disk) else None,
+        "file.driver": "file",
+        "file.filename": image_path(machine, index),
+    }
+    return pairs("drive", "", values)

@@ -1,0 +1,97 @@
+"""What a plan is: everything needed to launch one QEMU, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from qmpd.argv import Option, escape, lines
+from qmpd.facts import Facts
+
+
+class Listening(Facts, frozen=True, kw_only=True):
+    """A socket character device. The daemon binds `path` and passes the listening fd; by hand QEMU binds the path itself."""
+
+    id: str
+    path: str
+
+    def passed(self, fd: int) -> Option:
+        """The option with the listening socket passed as `fd`."""
+        return Option("chardev", f"socket,id={self.id},fd={fd},server=on,wait=off")
+
+    def named(self) -> Option:
+        """The option in which QEMU binds the path itself."""
+        return Option("chardev", f"socket,id={self.id},path={escape(self.path)},server=on,wait=off")
+
+
+class SerialPipe(Facts, frozen=True, kw_only=True):
+    """A serial port: QEMU writes to the file `path`.out and reads from the FIFO `path`.in. By hand it is a socket with a log."""
+
+    id: str
+    path: str
+    log: str
+
+    def passed(self) -> Option:
+        """The option for a daemon that made both ends."""
+        return Option("chardev", f"pipe,id={self.id},path={escape(self.path)}")
+
+    def named(self) -> Option:
+        """The option for somebody who wants to connect to the port."""
+        socket, log = escape(f"{self.path}.sock"), escape(self.log)
+        return Option("chardev", f"socket,id={self.id},path={socket},server=on,wait=off,logfile={log},logappend=on")
+
+
+class BlankImage(Facts, frozen=True, kw_only=True):
+    """An image of the machine's own, to be made before its first start."""
+
+    path: str
+    format: Literal["raw", "qcow2"]
+    size_mib: int
+
+
+class Copy(Facts, frozen=True, kw_only=True):
+    """A file of the machine's own that starts as a copy of a template, unless it is there already."""
+
+    source: str
+    target: str
+
+
+class LaunchPlan(Facts, frozen=True, kw_only=True):
+    """One QEMU, ready to be launched: binary, options, the sockets to bind, and the files that must exist first."""
+
+    binary: str
+    accel: Literal["kvm", "tcg"]
+    accel_reason: str
+    options: tuple[Option | Listening | SerialPipe, ...]
+    directories: tuple[str, ...]
+    copies: tuple[Copy, ...] = ()
+    blank_images: tuple[BlankImage, ...] = ()
+
+    def listeners(self) -> dict[str, str]:
+        """The sockets to bind, by id, and their paths."""
+        return {option.id: option.path for option in self.options if isinstance(option, Listening)}
+
+    def serial_pipes(self) -> dict[str, SerialPipe]:
+        """The serial ports that are kept, by id."""
+        return {option.id: option for option in self.options if isinstance(option, SerialPipe)}
+
+    def argv(self, fds: Mapping[str, int]) -> tuple[str, ...]:
+        """The command as it is executed, with `fds` the numbers of the passed listening sockets by id."""
+        words = [self.binary]
+        for option in self.options:
+            words += _passed(option, fds).words()
+        return tuple(words)
+
+    def options_by_hand(self) -> Sequence[Option]:
+        """The options of a command that needs no passed fds."""
+        return [option if isinstance(option, Option) else option.named() for option in self.options]
+
+    def by_hand(self) -> str:
+        """The command as it can be pasted into a shell, one option per line."""
+        return lines(self.binary, self.options_by_hand())
+
+
+def _passed(option: Option | Listening | SerialPipe, fds: Mapping[str, int]) -> Option:
+    if isinstance(option, Listening):
+        return option.passed(fds[option.id])
+    return option.passed() if isinstance(option, SerialPipe) else option

@@ -1,0 +1,91 @@
+"""The daemon's own configuration: one TOML file, and defaults that depend on whether the daemon belongs to root or to a user."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from qmpd.spec import Path
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an administrator may set in `qmpd.toml`. Everything has a default.
+
+    `pools` are the directories from which definitions may name files. `raw_options` allows `extra_args`. `qmp_users` are the
+    users who may send any QMP command, by name; everybody else may send those that only read.
+    """
+
+    socket: Path
+    state_dir: Path
+    run_dir: Path
+    cache_dir: Path
+    socket_group: str | None = None
+    boards: tuple[Path, ...] = ()
+    emulators: tuple[Path, ...] = ()
+    pools: tuple[Path, ...] = ("/",)
+    raw_options: bool = True
+    qmp_users: tuple[str, ...] = ()
+    console_log_mib: Annotated[int, Meta(ge=1, le=65_536)] = 16
+    events_kept: Annotated[int, Meta(ge=100, le=10_000_000)] = 100_000
+    parallel_starts: Annotated[int, Meta(ge=1, le=1024)] = 8
+
+
+class SettingsFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The same as it may stand in a file: everything optional."""
+
+    socket: Path | None = None
+    socket_group: str | None = None
+    state_dir: Path | None = None
+    run_dir: Path | None = None
+    cache_dir: Path | None = None
+    boards: tuple[Path, ...] | None = None
+    emulators: tuple[Path, ...] | None = None
+    pools: tuple[Path, ...] | None = None
+    raw_options: bool | None = None
+    qmp_users: tuple[str, ...] | None = None
+    console_log_mib: Annotated[int, Meta(ge=1, le=65_536)] | None = None
+    events_kept: Annotated[int, Meta(ge=100, le=10_000_000)] | None = None
+    parallel_starts: Annotated[int, Meta(ge=1, le=1024)] | None = None
+
+
+def system_defaults() -> Settings:
+    """The settings of the daemon of a whole host: files only from where an administrator puts images, kernels and firmware."""
+    return Settings(
+        socket="/run/qmpd/qmpd.sock",
+        state_dir="/var/lib/qmpd",
+        run_dir="/run/qmpd",
+        cache_dir="/var/cache/qmpd",
+        pools=("/var/lib/qmpd/images", "/srv", "/boot", "/usr/share", "/usr/lib"),
+        raw_options=False,
+        qmp_users=("root",),
+    )
+
+
+def user_defaults(user: str, home: str, environ: Mapping[str, str]) -> Settings:
+    """The settings of one user's daemon: everything that user may open, and any QMP command for that user."""
+    runtime = environ.get("XDG_RUNTIME_DIR") or f"{home}/.cache/qmpd/run"
+    state = environ.get("XDG_STATE_HOME") or f"{home}/.local/state"
+    cache = environ.get("XDG_CACHE_HOME") or f"{home}/.cache"
+    return Settings(
+        socket=f"{runtime}/qmpd/qmpd.sock",
+        state_dir=f"{state}/qmpd",
+        run_dir=f"{runtime}/qmpd",
+        cache_dir=f"{cache}/qmpd",
+        qmp_users=(user,),
+    )
+
+
+def config_path(uid: int, home: str, environ: Mapping[str, str]) -> str:
+    """Where the configuration file is looked for."""
+    if uid == 0:
+        return "/etc/qmpd/qmpd.toml"
+    return f"{environ.get('XDG_CONFIG_HOME') or home + '/.config'}/qmpd/qmpd.toml"
+
+
+def merged(defaults: Settings, changes: SettingsFile) -> Settings:
+    """The defaults with what was set."""
+    given = {name: value for name in SettingsFile.__struct_fields__ if (value := getattr(changes, name)) is not None}
+    return msgspec.structs.replace(defaults, **given)
