@@ -1,0 +1,32 @@
+"""Definitions of machines that run our own guests, as a user would write them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from qmpd.spec import BiosFirmware, Disk, ImageDisk, Kernel, MachineSpec, NoFirmware
+from tests.guests.build import Guest
+
+
+def spec_of(guest: Guest, name: str, **changes: object) -> MachineSpec:
+    """The definition that boots a guest on its board, with further fields set."""
+    kernel = Kernel(image=str(guest.file), console=False) if guest.how == "kernel" else None
+    disks: tuple[Disk, ...] = ()
+    if guest.how in {"disk", "floppy"}:
+        bus = "floppy" if guest.how == "floppy" else "ide"
+        disks = (ImageDisk(path=str(guest.file), format="raw", bus=bus, read_only=False),)
+    spec = MachineSpec(name=name, board=guest.board, accel="tcg", memory_mib=guest.memory_mib, kernel=kernel, disks=disks)
+    if "none" in guest.options and "-bios" in guest.options:
+        spec = msgspec.structs.replace(spec, firmware=NoFirmware())
+    if guest.how == "bios":
+        spec = msgspec.structs.replace(spec, firmware=BiosFirmware(path=str(guest.file)))
+    return msgspec.structs.replace(spec, **changes)
+
+
+def copy_of(guest: Guest, directory: Path) -> Guest:
+    """The guest with a copy of its file, for guests that write to their disk."""
+    target = directory / guest.file.name
+    target.write_bytes(guest.file.read_bytes())
+    return msgspec.structs.replace(guest, file=target)
