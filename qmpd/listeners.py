@@ -1,0 +1,108 @@
+"""Listening sockets that the daemon binds and QEMU inherits: nobody ever waits for a path to appear.
+
+A client that connects before QEMU runs waits in the backlog, and is reset if QEMU dies, provided that no one else keeps the
+listening socket open: leave `bound_listeners` as soon as QEMU has its copies.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from qmpd.errors import AlreadyExists, LaunchFailed, Problem, invalid
+from qmpd.offload import off_loop
+from qmpd.shortage import shortage
+
+#: Longest path of a Unix socket: `sun_path` has 108 bytes and ends with a NUL (unix(7)).
+PATH_LIMIT: Final = 107
+#: Clients that may wait before QEMU runs. QEMU sets its own backlog when it takes over.
+_BACKLOG: Final = 8
+
+
+@asynccontextmanager
+async def bound_listeners(paths: Mapping[str, str]) -> AsyncIterator[dict[str, socket.socket]]:
+    """Listening Unix sockets at `paths`, by the same names, mode 0600 from their first moment; closed on leaving.
+
+    The paths stay: the process that inherited the sockets serves them. What a dead owner left there is replaced.
+
+    Raises (and has bound nothing then):
+        Invalid: a path is longer than PATH_LIMIT bytes.
+        AlreadyExists: somebody listens at a path, or something that is not a socket is there.
+        Busy, NoSpace: the host is out of something.
+        LaunchFailed: any other refusal of the kernel, with its words.
+    """
+    bound = await off_loop(partial(_bind_all, dict(paths)), undo=_release, name="qmpd-bind")
+    with ExitStack() as opened:
+        for sock in bound.values():
+            opened.enter_context(sock)
+        yield {name: bound[path] for name, path in paths.items()}
+
+
+def _bind_all(paths: Mapping[str, str]) -> dict[str, socket.socket]:
+    problems = [_too_long(name, path) for name, path in paths.items() if len(os.fsencode(path)) > PATH_LIMIT]
+    if problems:
+        raise invalid(problems)
+    bound: dict[str, socket.socket] = {}
+    try:
+        for path in paths.values():
+            bound[path] = _listening(path)
+    except BaseException:
+        _release(bound)
+        raise
+    return bound
+
+
+def _release(bound: Mapping[str, socket.socket]) -> None:
+    for path, sock in bound.items():
+        sock.close()
+        Path(path).unlink(missing_ok=True)
+
+
+def _listening(path: str) -> socket.socket:
+    with ExitStack() as undo:
+        try:
+            sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            os.fchmod(sock.fileno(), 0o600)  # bind(2) gives the path the mode of the socket itself
+            _bind(sock, path)
+            sock.listen(_BACKLOG)
+        except OSError as error:
+            raise shortage(error) or LaunchFailed(f"cannot listen at {path}: {error.strerror}") from error
+        undo.pop_all()
+        return sock
+
+
+def _bind(sock: socket.socket, path: str) -> None:
+    try:
+        sock.bind(path)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        _remove_dead(path)
+        sock.bind(path)
+
+
+def _remove_dead(path: str) -> None:
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise AlreadyExists(f"{path} exists and is not a socket", path=path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            Path(path).unlink()
+            return
+        except BlockingIOError:
+            pass  # its backlog is full: somebody owns it
+    raise AlreadyExists(f"somebody listens at {path}", path=path)
+
+
+def _too_long(name: str, path: str) -> Problem:
+    size = len(os.fsencode(path))
+    return Problem(path=f"$.{name}", message=f"the socket path {path} has {size} bytes, the kernel's limit is {PATH_LIMIT}")

@@ -1,0 +1,303 @@
+"""One session with one QEMU over QMP. The only importer of `qemu.qmp`.
+
+The library (0.0.6, pinned) owns connecting, negotiation, the reader task and the state machine of disconnecting. What it does
+with events, replies, overlong lines, unsent output and logs would let a guest or a stopped QEMU harm the daemon: `_Session`
+replaces exactly those parts, and tests/qmp holds a test for each. Events wait in `qmpd.backlog`, commands in `qmpd.calls`.
+Closing never waits for QEMU: unsent bytes are thrown away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack, asynccontextmanager
+from typing import Final
+
+import msgspec
+from qemu.qmp import ConnectError, Message, QMPClient, QMPError, Runstate
+from qemu.qmp.error import ProtocolError
+
+from qmpd.backlog import EventBacklog, EventsLost, QmpEvent
+from qmpd.calls import Calls
+from qmpd.commands import CHANGE_DEADLINE_S, QUERY_DEADLINE_S, QUIT_DEADLINE_S, deadline_for
+from qmpd.errors import MonitorUnavailable, QemuDied, QemuSilent, TooLarge
+from qmpd.shortage import shortage
+
+__all__ = [
+    "CHANGE_DEADLINE_S",
+    "QUERY_DEADLINE_S",
+    "QUIT_DEADLINE_S",
+    "EventsLost",
+    "Monitor",
+    "QmpEvent",
+    "connected",
+    "deadline_for",
+]
+
+#: Longest line that is read. The longest answer of use, the schema, has 0.2 MB; other clients draw the line here too.
+LINE_LIMIT: Final = 10 * 1024 * 1024
+#: Bytes of an overlong line that are skipped to keep the session; who sends more is not speaking QMP.
+SKIP_LIMIT: Final = 256 * 1024 * 1024
+#: Closing aborts the transport first, which takes a few turns of the loop; this is the promise that it ends.
+CLOSE_LIMIT_S: Final = 2.0
+#: Characters of an error's text that are repeated.
+_TEXT_LIMIT: Final = 256
+_UCRED: Final = struct.Struct("3i")
+
+_log = logging.getLogger(__name__)
+#: The library logs message bodies and calls every lost connection an error; what matters of that is logged here.
+_library_log = logging.getLogger(f"{__name__}.library")
+_library_log.setLevel(logging.CRITICAL)
+
+
+class _Nonsense(ProtocolError):
+    """The peer sent what no QEMU sends."""
+
+
+class _Session(QMPClient):
+    """The library's client without its unbounded parts."""
+
+    def __init__(self, name: str) -> None:
+        # The name is not for the library: it makes a logger of each, and loggers are never freed.
+        super().__init__(readbuflen=LINE_LIMIT)
+        self.logger = _library_log
+        self.backlog = EventBacklog()
+        self.calls = Calls(name, self._write)
+        self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._line_bytes = 0
+
+    def abort(self) -> None:
+        """Drop the connection and everything unsent, now."""
+        if self._writer is not None:
+            self._writer.transport.abort()
+
+    def _write(self, message: bytes) -> None:
+        if self._writer is not None:
+            self._writer.write(message)  # buffered without limit, but `Calls` limits number and size
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return msg  # the library formats every message for its debug log, even when that is off
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return msg
+
+    async def _readline(self) -> bytes:
+        if self._reader is None:
+            raise EOFError
+        skipped = 0
+        while True:
+            try:
+                line = await self._reader.readuntil(b"\n")
+            except asyncio.LimitOverrunError as overrun:
+                skipped += overrun.consumed
+                if skipped > SKIP_LIMIT:
+                    raise _Nonsense(f"more than {SKIP_LIMIT} bytes without an end of line") from overrun
+                await self._reader.readexactly(overrun.consumed)
+            except asyncio.IncompleteReadError as end:
+                raise EOFError from end
+            else:
+                if not skipped:
+                    return line
+                self._overlong(skipped + len(line))
+                skipped = 0
+
+    def _overlong(self, size: int) -> None:
+        error = TooLarge(f"QEMU's answer has {size} bytes, at most {LINE_LIMIT} are read", limit=LINE_LIMIT)
+        if not self.calls.unusable(error):
+            raise _Nonsense(f"a line of {size} bytes that answers nothing")
+
+    async def _do_recv(self) -> Message:
+        while True:
+            message = await self._receive()
+            if self.runstate is not Runstate.CONNECTING or "event" not in message:
+                return message
+            # A machine that runs may emit between our request for capabilities and QEMU's consent; the library takes that
+            # event for the consent's absence and gives up.
+            self.backlog.put(message, self._line_bytes)
+
+    async def _receive(self) -> Message:
+        line = await self._readline()
+        try:
+            document = msgspec.json.decode(line)
+        except (ValueError, RecursionError) as error:
+            raise _Nonsense(f"a line of {len(line)} bytes that is not JSON: {_shorten(error)}") from error
+        if not isinstance(document, dict):
+            raise _Nonsense(f"a {type(document).__name__} where a message belongs")
+        self._line_bytes = len(line)
+        return Message(document, eager=False)
+
+    async def _on_message(self, msg: Message) -> None:
+        if "event" in msg:
+            self.backlog.put(msg, self._line_bytes)
+            return
+        ident = msg.get("id")
+        if isinstance(ident, str):
+            self.calls.answered(ident, msg)
+        elif "error" in msg and ident is None:
+            raise _Nonsense("an error that belongs to no command")
+        # Anything else answers nothing we asked, and the protocol says to ignore it.
+
+    async def _bh_flush_writer(self) -> None:
+        self.abort()  # a stopped QEMU reads nothing, and waiting for it would keep its only monitor slot taken
+
+    async def _bh_close_stream(self, error_pathway: bool = False) -> None:
+        self.abort()
+        await super()._bh_close_stream(error_pathway)
+
+    async def _bh_disconnect(self) -> None:
+        try:
+            await super()._bh_disconnect()
+        finally:
+            reason = self._reason()
+            self.calls.end(reason)
+            self.backlog.close()
+            if not self.ended.done():
+                self.ended.set_result(reason)
+
+    def _reason(self) -> str:
+        for task in (self._reader_task, self._writer_task):
+            error = task.exception() if task is not None and task.done() and not task.cancelled() else None
+            match error:
+                case None:
+                    continue
+                case EOFError():
+                    return "QEMU closed the connection"
+                case _Nonsense():
+                    return f"QEMU's end sent {error}"
+                case _:
+                    return f"the connection broke: {_shorten(error)}"
+        return "qmpd closed the connection"
+
+
+class Monitor:
+    """A negotiated session with one QEMU; made by `connected`. `version` is QEMU's, like `7.2.22`."""
+
+    def __init__(self, session: _Session, name: str) -> None:
+        self.name = name
+        self.version, self.oob = _greeting(session)
+        self._session = session
+        self._calls = session.calls
+
+    @property
+    def silent(self) -> bool:
+        """Whether the answer to an in-band command is overdue; true until QEMU answers one."""
+        return self._calls.silent
+
+    @property
+    def closed(self) -> str | None:
+        """Why the session ended, or None while it lasts."""
+        return self._calls.closed
+
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None, *, deadline_s: float | None = None) -> object:
+        """Run an in-band command and return its value. The default deadline is that of the command's class.
+
+        Raises:
+            Invalid: QEMU's parser could not take it; QEMU was not asked.
+            TooLarge: the command is too long and QEMU was not asked, or the answer is too long and the command ran.
+            QemuRefused: QEMU answered with an error.
+            QemuSilent: no answer in time, or the command could not be sent for as long. If it was, it may still take effect.
+            QemuDied: the session ended meanwhile; whether the command took effect is unknown.
+            MonitorUnavailable: the session had ended before.
+            Busy: too many callers wait already.
+        """
+        return await self._calls.in_band(command, arguments, deadline_for(command) if deadline_s is None else deadline_s)
+
+    async def execute_oob(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, deadline_s: float = QUERY_DEADLINE_S
+    ) -> object:
+        """Run a command out of band, past whatever blocks QEMU's main loop. Raises what `execute` raises."""
+        if not self.oob:
+            raise MonitorUnavailable(f"the QEMU of {self.name} takes no out-of-band commands")
+        return await self._calls.out_of_band(command, arguments, deadline_s)
+
+    def events(self) -> AsyncIterator[QmpEvent | EventsLost]:
+        """QEMU's events for one reader, merged and bounded as `qmpd.backlog` says; ends with the session, all read."""
+        return self._session.backlog
+
+    async def wait_silent(self, silent: bool = True) -> None:
+        """Return when `self.silent` is as asked, at once if it is. Raises MonitorUnavailable if the session ends first."""
+        await self._calls.wait_silent(silent)
+
+    async def wait_closed(self) -> str:
+        """Return why the session ended, once it has. QEMU may well live on: only its pidfd tells."""
+        return await asyncio.shield(self._session.ended)
+
+
+@asynccontextmanager
+async def connected(path: str, *, name: str, peer_pid: int | None, deadline_s: float) -> AsyncIterator[Monitor]:
+    """A negotiated monitor at the socket `path`; once it is yielded QEMU has built the machine. Leaving takes at most 2 s.
+
+    `peer_pid` is the process that must own the socket. A connection made before QEMU took over the listening socket we passed
+    to it carries our own pid instead (the kernel notes who called listen(2), at the time of the connect), which is as good.
+
+    Raises:
+        MonitorUnavailable: nobody listens there, somebody else does, or too many clients wait.
+        Busy: the host is out of descriptors or memory.
+        QemuDied: the connection ended, or carried something that is not QMP, before the machine was built.
+        QemuSilent: no answer within `deadline_s`: QEMU hangs, or serves another client.
+    """
+    session = _Session(name)
+    with ExitStack() as undo:
+        sock = undo.enter_context(_dial(path, name, peer_pid))
+        try:
+            async with asyncio.timeout(deadline_s):
+                await session.connect(sock)
+        except TimeoutError as error:
+            raise QemuSilent(f"{name}: QEMU was not ready in {deadline_s:g} s") from error
+        except ConnectError as error:
+            raise QemuDied(f"{name}: the monitor ended before QEMU was ready: {_shorten(error.exc)}") from error
+        undo.pop_all()  # the session has it now
+    try:
+        monitor = Monitor(session, name)
+        _log.info("monitor connected", extra={"machine": name, "version": monitor.version, "oob": monitor.oob})
+        yield monitor
+    finally:
+        await _close(session, name)
+
+
+def _dial(path: str, name: str, peer_pid: int | None) -> socket.socket:
+    with ExitStack() as undo:
+        try:
+            sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            sock.setblocking(False)  # connecting to a local socket succeeds or fails at once
+            sock.connect(path)
+        except BlockingIOError as error:
+            raise MonitorUnavailable(f"{name}: too many clients wait for its monitor") from error
+        except OSError as error:
+            raise shortage(error) or MonitorUnavailable(f"{name}: no monitor at {path}: {_shorten(error)}") from error
+        pid, _, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        if peer_pid is not None and pid not in {peer_pid, os.getpid()}:
+            raise MonitorUnavailable(f"{name}: the socket {path} belongs to process {pid}, not to {peer_pid}", pid=pid)
+        undo.pop_all()
+        return sock
+
+
+async def _close(session: _Session, name: str) -> None:
+    session.abort()
+    try:
+        async with asyncio.timeout(CLOSE_LIMIT_S):
+            await session.disconnect()
+    except TimeoutError:
+        _log.error("monitor did not close", extra={"machine": name})
+    except (QMPError, EOFError, OSError):
+        pass  # what ended the session, already told by `closed`
+    _log.info("monitor closed", extra={"machine": name, "reason": session.calls.closed})
+
+
+def _greeting(session: _Session) -> tuple[str, bool]:
+    if session.greeting is None:
+        return "unknown", False
+    greeting = session.greeting.QMP
+    oob = "oob" in greeting.capabilities
+    match greeting.version.get("qemu"):
+        case {"major": int(major), "minor": int(minor), "micro": int(micro)}:
+            return f"{major}.{minor}.{micro}", oob
+    return "unknown", oob
+
+
+def _shorten(error: BaseException) -> str:
+    return (ascii(str(error))[1:-1] or type(error).__name__)[:_TEXT_LIMIT]

@@ -1,0 +1,277 @@
+"""QEMU processes: launched through a gate, found again after a restart, and their exit.
+
+The gate is a shell of the same process id that QEMU will have. It waits for a line on a pipe that only we hold, so that QEMU
+runs only after the caller has recorded who it is; if we die first, the pipe's end closes and the gate exits.
+
+A process is known by boot id, pid and start time together, and held through a pidfd: its exit is an event of the loop, also when
+it is not our child, and a signal never reaches a stranger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+import socket
+import subprocess
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from qmpd.capture import open_appending
+from qmpd.errors import LaunchFailed
+from qmpd.offload import off_loop
+from qmpd.shortage import shortage
+
+#: Plain POSIX shell. A line without its end (we died while writing it) makes `read` fail, and nothing runs.
+_GATE: Final = 'read -r go && exec "$@" </dev/null'
+_GO: Final = b"go\n"
+#: Nothing of the daemon's environment reaches QEMU: it must not depend on who started the daemon. Messages are not translated.
+#: QEMU 7.2 would look for a sound card for boards that have one soldered on.
+_ENVIRONMENT: Final = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "LC_ALL": "C.UTF-8",
+    "QEMU_AUDIO_DRV": "none",
+}
+#: The kernel ends a killed process at its next turn; only one stuck in a dead file system takes longer.
+_KILL_LIMIT_S: Final = 5.0
+
+Recorder = Callable[["Identity"], Awaitable[None]]
+
+
+class NotOurs(Exception):
+    """The process that was recorded is gone, whoever has its number now."""
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
+    """Which process it is, for ever: `start_time` is in the kernel's clock ticks since the boot called `boot_id`."""
+
+    boot_id: str
+    pid: int
+    start_time: int
+
+
+class ExitStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """How a process ended: its exit code, or the name of the signal. Neither, if it was not our child: only its parent learns."""
+
+    code: int | None = None
+    signal: str | None = None
+
+
+class QemuProcess:
+    """A process that runs, or ran. Belongs to the event loop it was made in; `close` it when it is of no interest any more.
+
+    `exit` is None while it runs. `stderr_start` is where its own standard error begins in the file it is appended to.
+    """
+
+    def __init__(self, identity: Identity, pidfd: int, *, stderr_start: int = 0) -> None:
+        self.identity = identity
+        self.stderr_start = stderr_start
+        self.exit: ExitStatus | None = None
+        self._pidfd = pidfd
+        self._over = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(pidfd, self._ended)
+
+    async def wait(self) -> ExitStatus:
+        """Return how it ended, once it has; for any number of callers. Raises NotOurs if it was closed before."""
+        await self._over.wait()
+        if self.exit is None:
+            raise NotOurs(f"process {self.identity.pid} is not watched any more")
+        return self.exit
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal; does nothing once it has ended or was closed."""
+        if self._pidfd < 0:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    async def binary_replaced(self) -> bool:
+        """Whether the file it was started from is another one now, or none: an upgrade came by. False once it has ended."""
+        return self.exit is None and await asyncio.to_thread(_binary_replaced, self.identity.pid)
+
+    def close(self) -> None:
+        """Stop watching it; it lives on. Its exit is not reaped then, so this is for a daemon that ends."""
+        if self._pidfd >= 0:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+        self._over.set()
+
+    def _ended(self) -> None:
+        self.exit = _reap(self._pidfd)
+        self.close()
+
+
+class _Gated(msgspec.Struct, frozen=True):
+    """A gate that waits: the pipe's end that opens it, and who it is."""
+
+    identity: Identity
+    pidfd: int
+    pipe: int
+    stderr_start: int
+
+
+async def launch(
+    argv: Sequence[str],
+    *,
+    listeners: Mapping[str, socket.socket],
+    cwd: str,
+    stderr: str,
+    record: Recorder,
+    keep: Sequence[int] = (),
+) -> QemuProcess:
+    """Start `argv` (an absolute path first) in a new session, with the descriptors of the listeners and of `keep` under their own numbers.
+
+    `record` is awaited with the identity before the program runs; it must have made it durable when it returns. If it raises or is
+    cancelled, or this process dies, the program never runs. Standard output and error are appended to the file `stderr`. Whether
+    the program could be run at all shows in how the process ends: code 126 or 127, with the shell's words in `stderr`.
+
+    Raises:
+        Busy, NoSpace: the host is out of descriptors, processes, memory or disk.
+        LaunchFailed: the kernel refused otherwise (`cwd` does not exist, the command line is too long).
+    """
+    inherited = [*(sock.fileno() for sock in listeners.values()), *keep]
+    try:
+        gated = await off_loop(partial(_spawn, tuple(argv), inherited, cwd, stderr), undo=_discard, name="qmpd-spawn")
+    except (OSError, ValueError) as error:
+        known = shortage(error) if isinstance(error, OSError) else None
+        raise known or LaunchFailed(f"cannot start {argv[0]}: {error}") from error
+    process = QemuProcess(gated.identity, gated.pidfd, stderr_start=gated.stderr_start)
+    try:
+        await record(process.identity)
+        with contextlib.suppress(BrokenPipeError):  # somebody killed the gate: the exit tells
+            os.write(gated.pipe, _GO)
+    except BaseException:
+        process.signal(signal.SIGKILL)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_KILL_LIMIT_S):
+                await process.wait()
+        raise
+    finally:
+        os.close(gated.pipe)
+    return process
+
+
+async def adopt(identity: Identity) -> QemuProcess:
+    """The process that was recorded as `identity`, which some earlier daemon launched. It may have ended and not been reaped yet.
+
+    Raises:
+        NotOurs: it is gone: another boot, no such process, or another one under its number.
+        Busy: the host is out of descriptors or memory. It may well be there.
+    """
+    try:
+        pidfd = await off_loop(partial(_claim, identity), undo=os.close, name="qmpd-adopt")
+    except OSError as error:
+        if known := shortage(error):
+            raise known from error
+        raise
+    return QemuProcess(identity, pidfd)
+
+
+def _spawn(argv: tuple[str, ...], inherited: list[int], cwd: str, stderr: str) -> _Gated:
+    with contextlib.ExitStack() as passed, contextlib.ExitStack() as undo:
+        output = open_appending(stderr)
+        passed.callback(os.close, output)
+        stderr_start = os.fstat(output).st_size
+        stdin, pipe = os.pipe()
+        passed.callback(os.close, stdin)
+        undo.callback(os.close, pipe)
+        os.set_blocking(pipe, False)
+        # No preexec_fn: without one the child is made by vfork, which costs the same however large the daemon is.
+        child = subprocess.Popen(
+            ["/bin/sh", "-c", _GATE, "qmpd-gate", *argv],
+            stdin=stdin,
+            stdout=output,
+            stderr=output,
+            pass_fds=inherited,
+            cwd=cwd,
+            env=_ENVIRONMENT,
+            umask=0o077,
+            start_new_session=True,
+        )
+        undo.callback(child.wait)
+        undo.callback(child.kill)
+        pidfd = os.pidfd_open(child.pid)
+        undo.callback(os.close, pidfd)
+        resource.prlimit(child.pid, resource.RLIMIT_CORE, (0, 0))  # a core holds the guest's memory
+        identity = Identity(boot_id=boot_id(), pid=child.pid, start_time=_start_time(child.pid))
+        undo.pop_all()
+        child.returncode = 0  # Popen is done with it: it is reaped through the pidfd, once, when that says so
+        return _Gated(identity, pidfd, pipe, stderr_start)
+
+
+def _discard(gated: _Gated) -> None:
+    os.close(gated.pipe)
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_PIDFD, gated.pidfd, os.WEXITED)  # the gate reads the end of the pipe, and exits
+    os.close(gated.pidfd)
+
+
+def _claim(identity: Identity) -> int:
+    if identity.pid < 1:
+        raise NotOurs(f"there is no process {identity.pid}")
+    if identity.boot_id != boot_id():
+        raise NotOurs(f"process {identity.pid} belonged to an earlier boot of this host")
+    try:
+        pidfd = os.pidfd_open(identity.pid)
+    except (ProcessLookupError, ValueError, OverflowError) as error:
+        raise NotOurs(f"there is no process {identity.pid}") from error
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, pidfd)
+        # Read after the pidfd was opened: if the start time is right, the pidfd is the process that was recorded.
+        if _start_time(identity.pid) != identity.start_time:
+            raise NotOurs(f"process {identity.pid} is another one, started at another time")
+        undo.pop_all()
+    return pidfd
+
+
+def boot_id() -> str:
+    """What the kernel calls this boot of the host. Blocks."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+
+
+def _start_time(pid: int) -> int:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise NotOurs(f"there is no process {pid}") from error
+    # The second field is the name in parentheses, and may hold anything; the start time is the 22nd (proc(5)).
+    return int(stat[stat.rindex(b")") + 2 :].split()[19])
+
+
+def _reap(pidfd: int) -> ExitStatus:
+    try:
+        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    except ChildProcessError:
+        return ExitStatus()
+    if result is None:
+        return ExitStatus()
+    if result.si_code == os.CLD_EXITED:
+        return ExitStatus(code=result.si_status)
+    try:
+        return ExitStatus(signal=signal.Signals(result.si_status).name)
+    except ValueError:
+        return ExitStatus(signal=f"SIG{result.si_status}")  # real-time signals have no names
+
+
+def _binary_replaced(pid: int) -> bool:
+    running = Path(f"/proc/{pid}/exe")
+    try:
+        path = running.readlink()
+        held = running.stat()
+        if running.readlink() != path:
+            return False  # the gate became it just now
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    try:
+        now = path.stat()
+    except FileNotFoundError:
+        return True
+    return (held.st_dev, held.st_ino) != (now.st_dev, now.st_ino)
