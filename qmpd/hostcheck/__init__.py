@@ -1,0 +1,54 @@
+"""Whether this host can run machines, and how well: everything qmpd depends on, looked at one by one.
+
+Works without a daemon. A finding is a `CheckLine`: what was found, what that means, and what mends it. Only what makes it impossible
+to run any machine is a failure; a host without KVM is not, since TCG runs everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+
+from qmpd.accelerator import NATIVE, Accelerators
+from qmpd.facts import EmulatorFacts
+from qmpd.hostcheck import firmware, kernel, processor, resources, software
+from qmpd.hostcheck.remedies import family
+from qmpd.hostcheck.tree import HostTree
+from qmpd.probe import Emulators
+from qmpd.views import CheckLine, CheckReport
+
+__all__ = ["check"]
+
+
+async def check(
+    emulators: Emulators, accelerators: Accelerators, *, state_dir: str | None = None, tree: HostTree | None = None, host: str | None = None
+) -> CheckReport:
+    """Look at everything. Takes seconds the first time (emulators are asked, KVM is measured), afterwards some 0.1 s. Never fails."""
+    tree = HostTree() if tree is None else tree
+    host = os.uname().machine if host is None else host
+    found = await emulators.all()
+    working = [item for item in found if isinstance(item, EmulatorFacts)]
+    targets = sorted({emulator.target for emulator in working})
+    distribution = family(await asyncio.to_thread(tree.text, "/etc/os-release"))
+    places = await software.data_dirs(working)
+    lines = [
+        *await asyncio.to_thread(processor.lines, tree, host),
+        *await _kernel_lines(tree, host, working, accelerators),
+        *await asyncio.to_thread(resources.lines, tree, state_dir),
+        *software.emulator_lines(found, host, distribution),
+        await software.image_line(distribution),
+        *await asyncio.to_thread(firmware.uefi_lines, tree, targets, distribution),
+        *await asyncio.to_thread(firmware.built_in_lines, targets, places, distribution),
+    ]
+    return CheckReport(ok=all(line.verdict != "fail" for line in lines), lines=tuple(lines))
+
+
+async def _kernel_lines(tree: HostTree, host: str, working: Sequence[EmulatorFacts], accelerators: Accelerators) -> list[CheckLine]:
+    """The kernel's lines, with the measured speed of KVM behind the others about KVM."""
+    lines = await asyncio.to_thread(kernel.lines, tree, host)
+    about_kvm = [line for line in lines if line.topic == kernel.KVM.name]
+    if about_kvm[-1].verdict == "pass":  # /dev/kvm opens
+        own = [emulator for emulator in working if emulator.target in NATIVE.get(host, ())[:1]]
+        about_kvm += [kernel.speed_line(emulator, await accelerators.verdict(emulator)) for emulator in own]
+    return [*about_kvm, *(line for line in lines if line.topic != kernel.KVM.name)]

@@ -1,0 +1,197 @@
+"""What machines live on: cgroups, huge pages, limits of the process, and the file system of the state directory."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from qmpd.hostcheck.line import Topic
+from qmpd.hostcheck.tree import HostTree
+from qmpd.views import CheckLine
+
+RESOURCES: Final = Topic("Resources")
+STORAGE: Final = Topic("State directory")
+
+#: The controllers that can hold a machine within bounds.
+CONTROLLERS: Final = ("cpu", "io", "memory", "pids")
+#: A daemon holds about ten descriptors per machine, and QEMU itself opens some dozens: enough for some hundred machines.
+ENOUGH_FILES: Final = 4096
+#: QEMU has a thread per processor and some per disk: enough for some hundred machines.
+ENOUGH_PROCESSES: Final = 4096
+#: A small Linux guest and its QEMU.
+ENOUGH_MEMORY_BYTES: Final = 512 * 2**20
+#: A small distribution image; below this the first guest may already fill the disk.
+ENOUGH_BYTES: Final = 2 * 2**30
+#: The state database needs locks and shared memory maps that work, which network file systems do not promise.
+REMOTE: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "fuse.sshfs", "fuse.glusterfs", "afs"})
+VOLATILE: Final = frozenset({"tmpfs", "ramfs"})
+UNLIMITED: Final = "unlimited"
+
+
+def own_cgroup(proc_self_cgroup: str) -> str | None:
+    """The path of this process in the unified hierarchy."""
+    return next((line.removeprefix("0::") for line in proc_self_cgroup.splitlines() if line.startswith("0::")), None)
+
+
+def cgroup_line(tree: HostTree) -> CheckLine:
+    """Whether each machine could be given a share of the host."""
+    subject = "cgroups"
+    meaning = "Machines cannot be held to a share of the host's processors, memory and disks."
+    if not tree.exists("/sys/fs/cgroup/cgroup.controllers"):
+        return RESOURCES.warned(subject, "version 2 is not in use", meaning, "boot the kernel with systemd.unified_cgroup_hierarchy=1")
+    own = own_cgroup(tree.text("/proc/self/cgroup")) or "/"
+    directory = f"/sys/fs/cgroup{own.rstrip('/')}"
+    offered = tree.text(f"{directory}/cgroup.controllers").split()
+    missing = [name for name in CONTROLLERS if name not in offered]
+    delegate = "set Delegate=yes in the service; by hand: systemd-run --user --scope -p Delegate=yes qmpd"
+    if missing:
+        return RESOURCES.warned(subject, f"version 2, without {', '.join(missing)} in {own}", meaning, delegate)
+    if not tree.permits(f"{directory}/cgroup.procs"):
+        return RESOURCES.warned(subject, f"version 2, but {own} is not delegated to this user", meaning, delegate)
+    return RESOURCES.passed(subject, f"version 2, with {', '.join(CONTROLLERS)}")
+
+
+def memory_line(tree: HostTree) -> CheckLine:
+    """What memory there is for guests."""
+    kib = {row[1]: int(row[2]) for row in re.finditer(r"^(\w+): +(\d+) kB", tree.text("/proc/meminfo"), re.MULTILINE)}
+    total, available = kib.get("MemTotal", 0) * 1024, kib.get("MemAvailable", 0) * 1024
+    found = f"{available / 2**30:.1f} GiB available of {total / 2**30:.1f} GiB"
+    if available < ENOUGH_MEMORY_BYTES:
+        meaning = "Machines will be slowed down by swapping, or ended by the kernel."
+        return RESOURCES.warned("memory", found, meaning, "stop something else, or give machines less memory_mib", value=available)
+    return RESOURCES.passed("memory", found, value=available)
+
+
+def hugepages_line(tree: HostTree) -> CheckLine:
+    """What memory in large pages there is."""
+    reserved: list[str] = []
+    base = "/sys/kernel/mm/hugepages"
+    for name in tree.names(base):
+        total, free = tree.text(f"{base}/{name}/nr_hugepages"), tree.text(f"{base}/{name}/free_hugepages")
+        if total not in ("", "0"):
+            reserved.append(f"{total} of {name.removeprefix('hugepages-')} ({free} free)")
+    chosen = re.search(r"\[(\w+)\]", tree.text("/sys/kernel/mm/transparent_hugepage/enabled"))
+    transparent = f"transparent ones: {chosen[1]}" if chosen else "no transparent ones"
+    return RESOURCES.passed("huge pages", f"{'; '.join(reserved) or 'none reserved'}; {transparent}")
+
+
+def limits(proc_self_limits: str) -> dict[str, tuple[str, str]]:
+    """Soft and hard limit by name (`Max open files`), as /proc/self/limits has them."""
+    rows = re.finditer(r"^(Max [a-z ]+?) {2,}(\S+) +(\S+)", proc_self_limits, re.MULTILINE)
+    return {row[1]: (row[2], row[3]) for row in rows}
+
+
+def limit_lines(tree: HostTree) -> list[CheckLine]:
+    """The limits a daemon started from here would have."""
+    known = limits(tree.text("/proc/self/limits"))
+    locked, _ = known.get("Max locked memory", (UNLIMITED, UNLIMITED))
+    size = UNLIMITED if locked == UNLIMITED else f"{int(locked) // 2**20} MiB"
+    restricted = "" if size == UNLIMITED else "Machines that lock their memory, or own PCI devices of the host, need more."
+    return [
+        _count_line("open files", known.get("Max open files"), ENOUGH_FILES, "ulimit -n 65536; in a service LimitNOFILE=65536"),
+        _count_line("processes", known.get("Max processes"), ENOUGH_PROCESSES, "ulimit -u 65536; in a service LimitNPROC=65536"),
+        RESOURCES.passed("locked memory", size, restricted),
+    ]
+
+
+def _count_line(subject: str, limit: tuple[str, str] | None, enough: int, mend: str) -> CheckLine:
+    soft, hard = limit or (UNLIMITED, UNLIMITED)
+    if soft == UNLIMITED or int(soft) >= enough:
+        return RESOURCES.passed(subject, soft)
+    if hard == UNLIMITED or int(hard) >= enough:
+        return RESOURCES.passed(subject, soft, f"Enough for some dozens of machines; it can be raised to {hard} ({mend}).")
+    return RESOURCES.warned(subject, f"at most {hard}", "With some dozens of machines, starts will fail.", mend)
+
+
+class Volume(msgspec.Struct, frozen=True):
+    """The file system that a directory is, or would be, on."""
+
+    directory: str
+    kind: str
+    free_bytes: int
+    total_bytes: int
+    free_inodes: int | None
+    writable: bool
+
+
+def file_system(mountinfo: str, directory: str) -> str:
+    """The type of the file system a directory is on, by the longest mount point above it (proc(5), mountinfo)."""
+    best, kind = "", "unknown"
+    for line in mountinfo.splitlines():
+        before, separator, after = line.partition(" - ")
+        fields = before.split()
+        if not separator or len(fields) < 5:
+            continue
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])
+        inside = directory == point or directory.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, after.split()[0]
+    return kind
+
+
+def volume(tree: HostTree, directory: str) -> Volume:
+    """Look at the file system of the nearest directory that exists. Blocks."""
+    place = Path(os.path.realpath(directory))
+    while not place.is_dir():
+        place = place.parent
+    status = os.statvfs(place)
+    return Volume(
+        directory=directory,
+        kind=file_system(tree.text("/proc/self/mountinfo"), str(place)),
+        free_bytes=status.f_bavail * status.f_frsize,
+        total_bytes=status.f_blocks * status.f_frsize,
+        free_inodes=status.f_favail if status.f_files else None,
+        writable=os.access(place, os.W_OK | os.X_OK),
+    )
+
+
+def volume_lines(found: Volume) -> list[CheckLine]:
+    """Whether the state directory can hold machines, and keep them."""
+    return [_space_line(found), _kind_line(found), *_access_lines(found)]
+
+
+def _space_line(found: Volume) -> CheckLine:
+    text = f"{found.free_bytes / 2**30:.1f} GiB free of {found.total_bytes / 2**30:.1f} GiB"
+    if found.free_bytes < ENOUGH_BYTES:
+        return STORAGE.warned(
+            "free space",
+            text,
+            "Disks of machines will fill it soon; a guest whose disk cannot grow is paused.",
+            f"make room in {found.directory}, or set state_dir to a larger file system",
+            value=found.free_bytes,
+        )
+    if found.free_inodes is not None and found.free_inodes < ENOUGH_FILES:
+        return STORAGE.warned(
+            "free space",
+            f"{text}, but only {found.free_inodes} inodes",
+            "New files cannot be made soon.",
+            "delete small files",
+            value=found.free_bytes,
+        )
+    return STORAGE.passed("free space", text, value=found.free_bytes)
+
+
+def _kind_line(found: Volume) -> CheckLine:
+    mend = "set state_dir to a directory on a local disk"
+    if found.kind in REMOTE:
+        return STORAGE.warned("file system", found.kind, "The state database may be damaged when the network fails.", mend)
+    if found.kind in VOLATILE:
+        return STORAGE.warned("file system", f"{found.kind}, in memory", "Machines and their disks are gone after a reboot.", mend)
+    return STORAGE.passed("file system", found.kind)
+
+
+def _access_lines(found: Volume) -> list[CheckLine]:
+    if found.writable:
+        return []
+    meaning = "A daemon of this user would not start."
+    return [STORAGE.warned("permission", f"this user may not write to {found.directory}", meaning, "set state_dir, or run as its owner")]
+
+
+def lines(tree: HostTree, state_dir: str | None) -> list[CheckLine]:
+    """Everything about resources. Blocks."""
+    found = [memory_line(tree), hugepages_line(tree), cgroup_line(tree), *limit_lines(tree)]
+    return found if state_dir is None else [*found, *volume_lines(volume(tree, state_dir))]
