@@ -1,0 +1,132 @@
+"""The daemon put together: opens what it owns in order, takes over the machines that live, and lets go in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+from qmpd.accelerator import Accelerators
+from qmpd.bus import open_bus
+from qmpd.capture import keep_trimmed
+from qmpd.catalogue import Catalogue, load, search_path
+from qmpd.database import open_database
+from qmpd.errors import HostError, QmpdError
+from qmpd.filewatch import watching
+from qmpd.inventory import Inventory
+from qmpd.jobs import open_jobs
+from qmpd.journal import open_journal
+from qmpd.probe import Emulators
+from qmpd.record import LaunchRecord
+from qmpd.registry import Registry
+from qmpd.restarting import Restarts
+from qmpd.service import Service
+from qmpd.settings import Settings
+from qmpd.shortage import shortage
+from qmpd.sqlite import open_store
+from qmpd.tasks import Tasks, background
+from qmpd.views import StartRequest
+from qmpd.worlds import Worlds
+
+#: QEMUs that answer do so within milliseconds each; the API does not wait longer for those that do not.
+ADOPT_PATIENCE_S: Final = 0.3
+
+_log = logging.getLogger(__name__)
+
+
+@asynccontextmanager
+async def running(settings: Settings, environ: Mapping[str, str]) -> AsyncIterator[Service]:
+    """A daemon without its API: a service whose machines are loaded and whose living processes are adopted.
+
+    Leaving lets go of the machines and touches none: their QEMUs go on.
+
+    Raises:
+        Held: another daemon uses the state directory.
+        QmpdError: the database or a directory cannot be used.
+    """
+    async with AsyncExitStack() as stack:
+        await asyncio.to_thread(_make_directories, settings)
+        database = await stack.enter_async_context(open_database(Path(settings.state_dir)))
+        store = await stack.enter_async_context(open_store(database))
+        journal = await stack.enter_async_context(open_journal(database, kept_events=settings.events_kept))
+        bus = await stack.enter_async_context(open_bus(journal))
+        jobs = await stack.enter_async_context(open_jobs(journal, bus.publish))
+        catalogue = await asyncio.to_thread(_catalogue, settings, environ)
+        emulators = Emulators(settings.cache_dir, settings.emulators)
+        accelerators = Accelerators(settings.run_dir)
+        registry = Registry(store, catalogue, settings, stack.enter_context(watching()), bus.publish)
+        service = Service(
+            settings=settings,
+            registry=registry,
+            worlds=Worlds(catalogue, emulators, accelerators, settings),
+            inventory=Inventory(catalogue, emulators, accelerators),
+            journal=journal,
+            bus=bus,
+            jobs=jobs,
+        )
+        stack.push_async_callback(_let_go, registry)
+        await registry.load()
+        await stack.enter_async_context(_housekeeping(registry, service))
+        yield service
+
+
+def _make_directories(settings: Settings) -> None:
+    for directory in (settings.state_dir, settings.run_dir, settings.cache_dir):
+        try:
+            Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise shortage(error) or HostError(f"the directory {directory} cannot be made: {error.strerror}") from error
+
+
+def _catalogue(settings: Settings, environ: Mapping[str, str]) -> Catalogue:
+    catalogue = load([*(Path(directory) for directory in settings.boards), *search_path(environ)])
+    for problem in catalogue.problems:
+        _log.warning("board file cannot be used", extra={"problem": str(problem)})
+    return catalogue
+
+
+async def _adopt_all(registry: Registry, tasks: Tasks) -> None:
+    """Takes over what lives. One that does not answer keeps nobody waiting: it is known, and unreachable until it does."""
+    found = await registry.find_processes()
+    adopting = [tasks.start(_adopt(registry, record), f"adopt:{record.definition.spec.name}") for record in found]
+    if adopting:
+        await asyncio.wait(adopting, timeout=ADOPT_PATIENCE_S)
+    await registry.note_strays()
+
+
+async def _adopt(registry: Registry, record: LaunchRecord) -> None:
+    try:
+        await registry.adopt(record)
+    except (QmpdError, OSError) as error:
+        # It may well be alive: its lock will tell, and then it is unreachable, not stopped.
+        _log.error("machine could not be taken over", extra={"machine": record.definition.spec.name, "error": str(error)})
+
+
+@asynccontextmanager
+async def _housekeeping(registry: Registry, service: Service) -> AsyncIterator[None]:
+    async def start(name: str) -> bool:
+        try:
+            await service.start(name, StartRequest())
+        except QmpdError as error:
+            _log.error("machine was not started", extra={"machine": name, "code": error.code, "error": error.message})
+            return False
+        return True
+
+    async with background() as tasks:
+        registry.on_end = Restarts(tasks, start).ended
+        await _adopt_all(registry, tasks)
+        tasks.start(registry.watch_strays(), "strays")
+        tasks.start(keep_trimmed(registry.capped_files), "trim-logs")
+        for machine in registry:
+            if machine.definition.spec.autostart and not machine.alive:
+                tasks.start(start(machine.name), f"autostart:{machine.name}")
+        yield
+
+
+async def _let_go(registry: Registry) -> None:
+    async with asyncio.TaskGroup() as group:
+        for machine in registry:
+            group.create_task(machine.release(), name=f"release:{machine.name}")

@@ -1,0 +1,47 @@
+"""How a QEMU ended: judged, and kept for the next daemon."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from qmpd.process import ExitStatus
+from qmpd.views import ExitView
+
+ENDING_NAME: Final = "last-exit.msgpack"
+#: Reasons of SHUTDOWN (QAPI `ShutdownCause`) that are failures of the guest or of the host.
+BAD_REASONS: Final = frozenset({"guest-panic", "host-error"})
+#: What is known of a process that nobody watched.
+UNSEEN: Final = "ended while no daemon ran"
+REBOOTED: Final = "the host was restarted"
+
+_log = logging.getLogger(__name__)
+
+
+def is_clean(status: ExitStatus, reason: str | None) -> bool:
+    """Whether QEMU ended in order. The status of a process that is not our child cannot be seen: then its last words count."""
+    if status.signal is not None or reason in BAD_REASONS:
+        return False
+    return status.code == 0 if status.code is not None else reason is not None
+
+
+def keep(state_dir: str, ending: ExitView) -> None:
+    """Writes the ending down; it is for people, so a disk that is full loses it and nothing else. Blocks."""
+    target = Path(state_dir) / ENDING_NAME
+    temporary = target.with_suffix(".new")
+    try:
+        temporary.write_bytes(msgspec.msgpack.encode(ending))
+        temporary.rename(target)
+    except OSError as error:
+        _log.warning("ending was not kept", extra={"path": str(target), "error": str(error)})
+
+
+def last(state_dir: str) -> ExitView | None:
+    """How the machine's last QEMU ended, if that was kept. Blocks."""
+    try:
+        return msgspec.msgpack.decode((Path(state_dir) / ENDING_NAME).read_bytes(), type=ExitView)
+    except (OSError, msgspec.DecodeError, msgspec.ValidationError):
+        return None

@@ -1,0 +1,103 @@
+"""From a launch plan to a running process: directories, sockets, the durable record, and the gate."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from qmpd import segments
+from qmpd.errors import HostError
+from qmpd.listeners import bound_listeners
+from qmpd.plan import LaunchPlan, SerialPipe
+from qmpd.process import Identity, QemuProcess, launch
+from qmpd.record import Definition, LaunchRecord, remove_record, write_record
+from qmpd.runlock import taken
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """A plan, where it is carried out, and what the record says of the emulator."""
+
+    plan: LaunchPlan
+    run_dir: str
+    state_dir: str
+    stderr_path: str
+    machine: str
+    emulator_version: str
+    log_cap_bytes: int
+    paused: bool = False
+
+
+@asynccontextmanager
+async def prepared(what: Launch, definition: Definition) -> AsyncIterator[tuple[QemuProcess, LaunchRecord]]:
+    """A process of this plan, recorded before it ran. Leaving lets go of it; a failure before that leaves nothing behind.
+
+    Raises:
+        Held: a QEMU of this machine is alive.
+        HostError, NoSpace: directories or sockets could not be made, or the machine's own files are gone.
+        OSError: the process could not be started.
+    """
+    plan = what.plan
+    await asyncio.to_thread(_make_ready, what)
+    record: LaunchRecord | None = None
+
+    async def write(identity: Identity) -> None:
+        nonlocal record
+        record = LaunchRecord(
+            identity=identity,
+            definition=definition,
+            argv=plan.argv({name: listener.fileno() for name, listener in listeners.items()}),
+            sockets=plan.listeners(),
+            pipes={name: pipe.path for name, pipe in plan.serial_pipes().items()},
+            accel=plan.accel,
+            accel_reason=plan.accel_reason,
+            emulator=plan.binary,
+            emulator_version=what.emulator_version,
+            machine=what.machine,
+            started_at=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            run_dir=what.run_dir,
+            paused=what.paused,
+        )
+        await asyncio.to_thread(write_record, what.run_dir, record)
+
+    try:
+        with taken(what.state_dir) as lock:
+            async with bound_listeners(plan.listeners()) as listeners:
+                argv = plan.argv({name: listener.fileno() for name, listener in listeners.items()})
+                process = await launch(argv, listeners=listeners, cwd=what.run_dir, stderr=what.stderr_path, record=write, keep=(lock,))
+    except BaseException:
+        if record is not None:  # otherwise what lies there is another process' record, which may live
+            await asyncio.to_thread(remove_record, what.run_dir)
+        raise
+    try:
+        if record is None:
+            raise AssertionError("launch() returned without having recorded the process")
+        yield process, record
+    finally:
+        process.close()
+
+
+def _make_ready(what: Launch) -> None:
+    plan = what.plan
+    for directory in plan.directories:
+        Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
+    own = [*(image.path for image in plan.blank_images), *(copy.target for copy in plan.copies)]
+    for path in own:
+        # They were made with the machine. An empty one in place of one that is gone would look like lost data to the guest.
+        if not Path(path).exists():
+            raise HostError(f"{path} is gone: restore it, or create the machine anew", path=path)
+    for pipe in plan.serial_pipes().values():
+        _make_pipe(pipe, what.log_cap_bytes)
+
+
+def _make_pipe(pipe: SerialPipe, cap_bytes: int) -> None:
+    written, typed = Path(f"{pipe.path}.out"), Path(f"{pipe.path}.in")
+    for end in (written, typed):
+        end.unlink(missing_ok=True)
+    written.symlink_to(segments.begin(pipe.log, cap_bytes))
+    os.mkfifo(typed, 0o600)

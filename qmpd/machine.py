@@ -1,0 +1,400 @@
+"""One machine: its state, and the verbs that act on its QEMU.
+
+All changes of state happen in `happen`, by the table in `qmpd.lifecycle`, on behalf of the machine's one task. A verb asks QEMU
+for something and then waits for the state that proves it. One verb at a time holds the machine; `kill` asks nobody, and `stop`
+may replace a polite shutdown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime
+from functools import partial
+from typing import Final, Literal
+
+import msgspec
+
+from qmpd.backlog import QmpEvent
+from qmpd.board import Board
+from qmpd.console import Console
+from qmpd.endings import is_clean, keep
+from qmpd.errors import HostError, LaunchFailed, MonitorUnavailable, QemuDied, QemuSilent, QmpdError, WrongState
+from qmpd.facts import MachinePaths
+from qmpd.hold import Hold
+from qmpd.launching import Launch, prepared
+from qmpd.lifecycle import ALIVE, ANSWERING, AT_REST, Happening, State, after
+from qmpd.machineview import view_of
+from qmpd.monitor import Monitor
+from qmpd.process import ExitStatus, QemuProcess
+from qmpd.record import Definition, LaunchRecord, has_begun, mark_begun, remove_record
+from qmpd.session import Session, describe
+from qmpd.shortage import shortage
+from qmpd.views import ExitView, MachineView, StopView
+
+#: QEMU emits STOP and RESUME before it answers; a state that is this late was lost.
+EFFECT_DEADLINE_S: Final = 10.0
+#: `quit` flushes every disk before the process ends.
+QUIT_DEADLINE_S: Final = 30.0
+#: The same for SIGTERM, which QEMU handles in its main loop.
+TERM_DEADLINE_S: Final = 10.0
+#: The kernel ends a killed process at once, unless it waits for a disk that hangs.
+KILL_DEADLINE_S: Final = 30.0
+#: A machine that is being launched has a process as soon as its images are made.
+PROCESS_DEADLINE_S: Final = 30.0
+
+_log = logging.getLogger(__name__)
+Publish = Callable[[str, str, Mapping[str, object]], object]
+#: Launches or adopts, and stays until the process has ended; the future is resolved as soon as the machine is ready.
+Work = Callable[[asyncio.Future[None]], Coroutine[object, object, ExitStatus]]
+
+
+def now() -> str:
+    """The wall clock, as the API writes it: UTC, ISO 8601, milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Machine:
+    """A machine as the daemon knows it. Everything but the verbs answers from memory."""
+
+    def __init__(self, definition: Definition, revision: int, publish: Publish) -> None:
+        self.definition = definition
+        self.revision = revision
+        self.board: Board | None = None
+        self.consoles: dict[int, Console] = {}
+        self.console_port: int | None = None
+        self.state = State.STOPPED
+        self.status: str | None = None
+        self.since = now()
+        self.exit: ExitView | None = None
+        self.resets = 0
+        self.launch: LaunchRecord | None = None
+        self.asked_to_end = False
+        self.on_end: Callable[[Machine], None] = lambda _machine: None
+        self._publish = publish
+        self._hold = Hold()
+        self._session: Session | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self._began = 0.0
+
+    @property
+    def name(self) -> str:
+        """The machine's name."""
+        return self.definition.spec.name
+
+    @property
+    def operation(self) -> str | None:
+        """The verb that holds the machine."""
+        return self._hold.holder
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a process, as far as is known."""
+        return self.state in ALIVE
+
+    @property
+    def stray(self) -> bool:
+        """Whether there is a process that this daemon has no connection with, nor a record of."""
+        return self.state is State.UNREACHABLE and self._session is None
+
+    @property
+    def ran_s(self) -> float:
+        """Seconds since the process was launched or taken over."""
+        return asyncio.get_running_loop().time() - self._began
+
+    def view(self) -> MachineView:
+        """The machine as the API shows it."""
+        return view_of(self)
+
+    # What happens to it.
+
+    def happen(self, happening: Happening) -> None:
+        """Moves the state by the table, tells everybody who waits, and publishes the change. An illegal happening raises."""
+        before, self.state = self.state, after(self.state, happening)
+        if self.state is before:
+            return
+        self.since = now()
+        self._tell()
+        data: dict[str, object] = {"state": str(self.state), "previous": str(before), "status": self.status}
+        if self.state in AT_REST and self.exit is not None:
+            data["exit"] = msgspec.to_builtins(self.exit)
+        self._publish("machine.state", self.name, data)
+
+    def set_status(self, status: str) -> None:
+        """QEMU's own word for the run state."""
+        if status != self.status:
+            self.status = status
+            self._tell()
+
+    def take_event(self, event: QmpEvent) -> None:
+        """Passes an event of QEMU on to everybody who listens."""
+        if event.name == "RESET":
+            self.resets += event.count
+        self._publish("qmp", self.name, {"event": event.name, "data": dict(event.data), "count": event.count})
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def until(self, states: frozenset[State], timeout_s: float) -> bool:
+        """Waits until the machine is in one of `states`; False when it was not in time."""
+        return await self._until(lambda: self.state in states, timeout_s)
+
+    async def _until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not condition():
+                    await self._changed.wait()
+        except TimeoutError:
+            return condition()
+        return True
+
+    # Who holds it.
+
+    @asynccontextmanager
+    async def held(self, operation: str, *, instead_of: frozenset[str] = frozenset()) -> AsyncIterator[None]:
+        """Keeps other verbs out. Raises Held when one is under way that this one does not replace."""
+        with self._hold.taken(operation, instead_of, self.name, str(self.state)):
+            yield
+
+    def require(self, states: frozenset[State], verb: str) -> None:
+        """Raises WrongState, naming state and holder, when the machine is in none of `states`."""
+        if self.state not in states:
+            allowed = sorted(str(state) for state in states)
+            message = f"cannot {verb} machine {self.name!r}: it is {self.state}, and must be {' or '.join(allowed)}"
+            raise WrongState(message, state=str(self.state), allowed=allowed, holder=self.operation)
+
+    @property
+    def session(self) -> Session:
+        """The live session. Raises WrongState when there is no process, MonitorUnavailable when it is none of ours."""
+        if self.stray:
+            raise MonitorUnavailable(f"a QEMU of machine {self.name!r} is alive, and this daemon has no record of it: end it by hand")
+        if self._session is None:
+            raise WrongState(f"machine {self.name!r} is {self.state}: it has no process", state=str(self.state), allowed=[])
+        return self._session
+
+    # Verbs.
+
+    async def start(self, launch: Launch) -> None:
+        """Launches QEMU; returns when the guest runs (or, if it is launched paused, is built and halted before its first instruction).
+
+        Raises:
+            LaunchFailed: QEMU ended before it was ready; the machine is as before and nothing is left.
+            HostError: this host could not start a process.
+        """
+        self.require(AT_REST, "start")
+        self.exit, self.resets, self.asked_to_end, self.status = None, 0, False, None
+        self.happen(Happening.LAUNCH)
+        await self._spawn_task(partial(self._launch, launch))
+
+    async def adopt(self, record: LaunchRecord, process: QemuProcess, paths: MachinePaths) -> None:
+        """Takes over a process that an earlier daemon launched, and asks it for everything. Returns after the first attempt."""
+        self.launch = record
+        self.happen(Happening.FOUND)
+        await self._spawn_task(partial(self._adopt, record, process, paths))
+
+    def lost(self) -> None:
+        """A QEMU of this machine is alive, but there is no record by which it could be taken over: it cannot be reached."""
+        if self.state in AT_REST:
+            self.happen(Happening.FOUND)
+
+    def ended_unseen(self, reason: str, *, rebooted: bool) -> None:
+        """The process of an earlier daemon's record is gone, and nobody saw how it ended."""
+        self.exit = ExitView(reason=reason, clean=False, at=now())
+        self.happen(Happening.FOUND)
+        self.happen(Happening.EXITED if rebooted else Happening.DIED)
+        if not rebooted:
+            self.on_end(self)
+
+    async def pause(self) -> None:
+        """Halts the guest's CPUs."""
+        self.require(frozenset({State.RUNNING}), "pause")
+        await self._command("stop", State.PAUSED)
+
+    async def resume(self) -> None:
+        """Lets the guest's CPUs run."""
+        self.require(frozenset({State.PAUSED}), "resume")
+        await self._command("cont", State.RUNNING)
+
+    async def reset(self) -> None:
+        """Presses the reset button."""
+        self.require(ANSWERING, "reset")
+        await self.session.monitor.execute("system_reset")
+
+    async def power_down(self) -> None:
+        """Presses the power button; what the guest makes of it is its own affair."""
+        self.require(frozenset({State.RUNNING}), "shut down")
+        await self.session.monitor.execute("system_powerdown")
+
+    async def stop(self) -> StopView:
+        """Ends QEMU so that everything is flushed: `quit`, then SIGTERM. Never SIGKILL.
+
+        Raises:
+            QemuSilent: the process is still there; only `kill` is left.
+        """
+        session = await self._asked_to_end()
+        if session is None:
+            return StopView(machine=self.view(), method="already-stopped", clean=True)
+        self.happen(Happening.QUIT)
+        answered = True
+        try:
+            await session.monitor.execute("quit", deadline_s=QUIT_DEADLINE_S)
+        except QmpdError as error:
+            _log.info("quit was not answered", extra={"machine": self.name, "error": error.code})
+            answered = isinstance(error, QemuDied)  # it may end before its answer is sent
+        if answered and await self.until(AT_REST, QUIT_DEADLINE_S):
+            return self._stopped("quit")
+        session.process.signal(signal.SIGTERM)
+        if await self.until(AT_REST, TERM_DEADLINE_S):
+            return self._stopped("sigterm")
+        raise QemuSilent(f"machine {self.name!r} is still there after quit and SIGTERM; only kill is left", state=str(self.state))
+
+    async def kill(self) -> StopView:
+        """Ends the process at once. What the guest wrote and did not flush is lost."""
+        session = await self._asked_to_end()
+        if session is None:
+            return StopView(machine=self.view(), method="already-stopped", clean=True)
+        if self.state is not State.STOPPING:
+            self.happen(Happening.QUIT)
+        session.process.signal(signal.SIGKILL)
+        if not await self.until(AT_REST, KILL_DEADLINE_S):
+            raise QemuSilent(f"the QEMU of machine {self.name!r} does not end: the kernel is waiting for something", state=str(self.state))
+        return self._stopped("sigkill")
+
+    def _stopped(self, method: Literal["quit", "sigterm", "sigkill"]) -> StopView:
+        """What became of it: somebody else may have been quicker, and with other means."""
+        killed = self.exit is not None and self.exit.signal == "SIGKILL"
+        clean = self.exit is not None and self.exit.clean
+        return StopView(machine=self.view(), method="sigkill" if killed else method, clean=clean)
+
+    async def release(self) -> None:
+        """Lets go of the process without touching it: the daemon ends, QEMU goes on."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def _asked_to_end(self) -> Session | None:
+        """The session to end, of a machine that is being launched as soon as it has a process; None for a machine at rest."""
+        self.asked_to_end = True
+        await self._until(lambda: self.state is not State.STARTING or self._session is not None, PROCESS_DEADLINE_S)
+        if self.state in AT_REST:
+            return None
+        self.asked_to_end = self._session is not None
+        return self.session
+
+    async def _command(self, command: str, wanted: State) -> None:
+        await self.session.monitor.execute(command)
+        if not await self.until(frozenset({wanted}), EFFECT_DEADLINE_S):
+            raise QemuSilent(f"{command} was accepted, but machine {self.name!r} is {self.state}", state=str(self.state))
+
+    # The task.
+
+    async def _spawn_task(self, work: Work) -> None:
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = loop.create_future()
+        self._began = loop.time()
+        self._task = loop.create_task(self._run(work, ready), name=f"machine:{self.name}")
+        await asyncio.shield(ready)
+
+    async def _run(self, work: Work, ready: asyncio.Future[None]) -> None:
+        try:
+            status = await work(ready)
+        except QmpdError as error:
+            self._failed(error, ready)
+        except OSError as error:
+            self._failed(shortage(error) or HostError(f"machine {self.name!r} could not be started: {error}"), ready)
+        except asyncio.CancelledError:
+            ready.cancel()
+            raise
+        except Exception as error:  # noqa: BLE001  the boundary of a machine: a mistake of ours must not look like a start without end
+            _log.exception("mistake in a machine's task", extra={"machine": self.name})
+            self._failed(HostError(f"qmpd made a mistake with machine {self.name!r}: {error!r}"), ready)
+        else:
+            self.status = None
+            clean = self.exit is not None and self.exit.clean
+            _log.info("machine ended", extra={"machine": self.name, "status": describe(status), "clean": clean})
+            self.happen(Happening.EXITED if clean or self.asked_to_end else Happening.DIED)
+            _settle(ready)
+            self.on_end(self)
+        finally:
+            self._session = None
+
+    async def _launch(self, launch: Launch, ready: asyncio.Future[None]) -> ExitStatus:
+        async with prepared(launch, self.definition) as (process, record):
+            self.launch = record
+            session = Session(self, self.name, process, record.sockets, launch.stderr_path)
+
+            async def begin(monitor: Monitor) -> None:
+                if launch.paused:
+                    await session.ask_status(monitor)
+                else:
+                    await monitor.execute("cont")
+                    self.set_status("running")
+                    self.happen(Happening.RAN)
+                    await asyncio.to_thread(mark_begun, record.run_dir)
+
+            return await self._follow(session, record, launch.state_dir, session.launch(begin, partial(_settle, ready)))
+
+    async def _adopt(self, record: LaunchRecord, process: QemuProcess, paths: MachinePaths, ready: asyncio.Future[None]) -> ExitStatus:
+        try:
+            session = Session(self, self.name, process, record.sockets, paths.log("stderr"))
+            paused = record.paused or await asyncio.to_thread(has_begun, record.run_dir)
+            return await self._follow(session, record, paths.state, session.adopt(partial(_settle, ready), paused=paused))
+        finally:
+            process.close()
+
+    async def _follow(
+        self, session: Session, record: LaunchRecord, state_dir: str, conversation: Coroutine[object, object, ExitStatus]
+    ) -> ExitStatus:
+        self._session = session
+        self._tell()
+        async with AsyncExitStack() as stack:
+            for index, console in self.consoles.items():
+                path = record.pipes.get(f"serial{index}")
+                if path is not None:  # the board may have got another port since the machine was launched
+                    await self._attach(stack, console, path)
+            try:
+                status = await conversation
+            except LaunchFailed:
+                await asyncio.to_thread(remove_record, record.run_dir)
+                raise
+        self.exit = ExitView(
+            code=status.code,
+            signal=status.signal,
+            reason=session.shutdown_reason,
+            clean=is_clean(status, session.shutdown_reason),
+            at=now(),
+            stderr_tail=await session.stderr(),
+        )
+        await asyncio.to_thread(keep, state_dir, self.exit)
+        await asyncio.to_thread(remove_record, record.run_dir)
+        return status
+
+    async def _attach(self, stack: AsyncExitStack, console: Console, path: str) -> None:
+        try:
+            await stack.enter_async_context(console.connected(path))
+        except OSError as error:
+            # The machine runs on, and QEMU goes on logging: only typing is impossible.
+            _log.warning("console not attached", extra={"machine": self.name, "path": path, "error": str(error)})
+
+    def _failed(self, error: QmpdError, ready: asyncio.Future[None]) -> None:
+        self.status = None
+        ending = Happening.EXITED if self.asked_to_end else Happening.DIED
+        if self._session is not None and self._session.process.exit is None:
+            ending = Happening.DISCONNECTED  # nobody looks after it any more, but it was not seen to end
+        elif self.state is State.STARTING:
+            ending = Happening.LAUNCH_FAILED
+        self.happen(ending)
+        if not ready.done():
+            ready.set_exception(error)
+        else:
+            _log.error("machine lost", extra={"machine": self.name, "error": error.message})
+
+
+def _settle(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)

@@ -1,0 +1,88 @@
+"""A log in pieces: one file for each QEMU that wrote to it, named after the offset of its first byte in the whole.
+
+So a byte's offset is its number for ever, whoever writes: QEMU needs an empty file to begin with, and begins at its own zero.
+Old bytes go by punching holes into a piece, or by removing it whole; what remains keeps its numbers. All of this blocks.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+#: Digits of an offset in a name, so that names sort like numbers.
+DIGITS: Final = 20
+
+
+def pieces(stem: str) -> list[tuple[int, Path]]:
+    """The pieces of the log `stem`, oldest first, each with the offset at which it begins."""
+    parent, name = os.path.split(stem)
+    try:
+        names = [entry.name for entry in Path(parent).iterdir() if entry.name.startswith(f"{name}.")]
+    except FileNotFoundError:
+        return []
+    bases = sorted(entry for entry in names if len(entry) == len(name) + 1 + DIGITS and entry[-DIGITS:].isdecimal())
+    return [(int(entry[-DIGITS:]), Path(parent) / entry) for entry in bases]
+
+
+def begin(stem: str, cap_bytes: int) -> Path:
+    """An empty piece for the next writer. Pieces that are older than the newest `cap_bytes` are removed."""
+    known = pieces(stem)
+    base = 0
+    kept = 0
+    for offset, path in reversed(known):
+        size = path.stat().st_size
+        if path is known[-1][1]:
+            base = offset + size
+            if size == 0:
+                return path
+        if kept > cap_bytes:
+            path.unlink()
+        kept += size
+    piece = Path(f"{stem}.{base:0{DIGITS}}")
+    piece.touch(mode=0o600)
+    return piece
+
+
+def size_and_tail(stem: str, limit: int) -> tuple[int, bytes]:
+    """The offset behind the last byte, and up to `limit` of the last bytes, of the newest piece that has any."""
+    tail = b""
+    end = 0
+    for base, path in reversed(pieces(stem)):
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            end = end or base + size
+            tail = os.pread(file.fileno(), limit, max(0, size - limit))
+        if tail:
+            break
+    return end, tail
+
+
+def first(stem: str) -> int:
+    """The offset of the oldest byte that is kept."""
+    for base, path in pieces(stem):
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size:
+                return base + _data_from(file.fileno(), 0, size)
+    return size_and_tail(stem, 0)[0]
+
+
+def read(stem: str, offset: int, limit: int) -> tuple[int, bytes]:
+    """Up to `limit` bytes of one piece from `offset` on, and where they really begin: later than `offset` where bytes are gone."""
+    for base, path in pieces(stem):
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if offset >= base + size:
+                continue
+            begin_at = _data_from(file.fileno(), max(0, offset - base), size)
+            if begin_at < size:
+                return base + begin_at, os.pread(file.fileno(), limit, begin_at)
+    return offset, b""
+
+
+def _data_from(descriptor: int, offset: int, size: int) -> int:
+    try:
+        return os.lseek(descriptor, offset, os.SEEK_DATA)
+    except OSError:
+        return size if offset else offset  # only a hole is left, or a file system that knows none

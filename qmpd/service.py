@@ -1,0 +1,323 @@
+"""The verbs: the whole vocabulary of the API. Each is one call; what it needs to hold, it holds here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+
+import msgspec
+
+from qmpd import __version__, operating
+from qmpd.access import Caller
+from qmpd.board import NamedBoard
+from qmpd.bus import Bus
+from qmpd.console import Console, port_of
+from qmpd.errors import NotYet, Problem, RevisionRequired, invalid
+from qmpd.expecting import expect
+from qmpd.facts import World
+from qmpd.inventory import Inventory
+from qmpd.jobs import Jobs
+from qmpd.journal import Journal
+from qmpd.launching import Launch
+from qmpd.lifecycle import AT_REST, State
+from qmpd.machine import Machine, now
+from qmpd.metrics import Metrics
+from qmpd.plan import plan, resolve
+from qmpd.registry import Registry
+from qmpd.settings import Settings
+from qmpd.spec import MachineSpec
+from qmpd.storage import make, remove_machine_files
+from qmpd.validation import disk_changes, problems, warnings
+from qmpd.views import (
+    BoardView,
+    CheckReport,
+    CommandView,
+    DefinitionView,
+    EmulatorView,
+    EventPage,
+    ExpectRequest,
+    ExpectResult,
+    JobList,
+    JobView,
+    MachineList,
+    MachineView,
+    QmpAnswer,
+    QmpRequest,
+    SendKeyRequest,
+    ShutdownRequest,
+    StartRequest,
+    StopView,
+    ValidationReport,
+    Version,
+)
+from qmpd.worlds import Worlds
+
+
+class Service:
+    """Everything a client can ask for."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        registry: Registry,
+        worlds: Worlds,
+        inventory: Inventory,
+        journal: Journal,
+        bus: Bus,
+        jobs: Jobs,
+    ) -> None:
+        self.bus = bus
+        self._settings = settings
+        self._registry = registry
+        self._worlds = worlds
+        self._inventory = inventory
+        self.journal = journal
+        self._jobs = jobs
+        self._metrics = Metrics(registry, bus)
+        self._starting = asyncio.Semaphore(settings.parallel_starts)
+        self._started_at = now()
+
+    # The host.
+
+    def version(self) -> Version:
+        """The daemon itself."""
+        return Version(version=__version__, pid=os.getpid(), started_at=self._started_at, machines_running=len(self._registry.running()))
+
+    async def boards(self, arch: str | None = None) -> list[BoardView]:
+        """The catalogue with what this host can run."""
+        return await self._inventory.boards(arch)
+
+    def board(self, board_id: str) -> NamedBoard:
+        """One board."""
+        return self._inventory.board(board_id)
+
+    async def emulators(self) -> list[EmulatorView]:
+        """The emulators of this host."""
+        return await self._inventory.emulators()
+
+    async def check(self) -> CheckReport:
+        """What this host can do, and what would mend what it cannot."""
+        return await self._inventory.check(self._settings.state_dir)
+
+    def metrics(self) -> bytes:
+        """The metrics of this daemon."""
+        return self._metrics.text()
+
+    # Definitions.
+
+    async def validate(self, spec: MachineSpec) -> ValidationReport:
+        """Everything that is wrong with a definition, and what is odd about it."""
+        named, world = await self._worlds.of(spec, self._registry.paths(spec.name))
+        found = problems(spec, named, world)
+        return ValidationReport(ok=not found, problems=tuple(found), warnings=tuple(warnings(spec, named, world)))
+
+    async def command(self, spec: MachineSpec) -> CommandView:
+        """The QEMU command of a definition. Raises Invalid with all problems."""
+        launch = await self._launch(spec)
+        made = launch.plan
+        argv = (made.binary, *(word for option in made.options_by_hand() for word in option.words()))
+        return CommandView(
+            argv=argv, text=made.by_hand(), emulator_version=launch.emulator_version, accel=made.accel, accel_reason=made.accel_reason
+        )
+
+    async def machine_command(self, name: str) -> CommandView:
+        """The QEMU command of a stored definition."""
+        return await self.command(self._registry.get(name).definition.spec)
+
+    async def create(self, spec: MachineSpec, *, start: bool = False, paused: bool = False) -> MachineView:
+        """Stores a definition and makes its disks; with `start` launches it as well. When it cannot be stored nothing is left."""
+        if paused and not start:
+            raise invalid([Problem(path="?paused", message="needs start=true")])
+        async with self._registry.reserved(spec.name):
+            complete, made = await self._completed(spec)
+            state_dir = self._registry.paths(spec.name).state
+            await asyncio.to_thread(remove_machine_files, state_dir)
+            try:
+                await make(made.plan.blank_images, made.plan.copies)
+                machine = await self._registry.create(complete)
+            except BaseException:
+                await asyncio.to_thread(remove_machine_files, state_dir)
+                raise
+        if start:
+            await self._start(machine, made, paused=paused)
+        return machine.view()
+
+    async def replace(self, name: str, spec: MachineSpec, revision: int | None) -> MachineView:
+        """Stores another definition for a machine at rest."""
+        machine = self._registry.get(name)
+        if revision is None:
+            raise RevisionRequired(f"say which revision of machine {name!r} is replaced", revision=machine.revision)
+        if spec.name != name:
+            raise invalid([Problem(path="$.name", message=f"is {spec.name!r}, but the machine is {name!r}; names do not change")])
+        async with machine.held("replace"):
+            machine.require(AT_REST, "replace")
+            self._registry.check_revision(machine, revision)
+            kept = machine.definition
+            changed = disk_changes(kept.spec, spec)
+            if changed:
+                raise invalid(changed)
+            complete, made = await self._completed(msgspec.structs.replace(spec, uuid=spec.uuid or kept.uuid))
+            await make(made.plan.blank_images, made.plan.copies)
+            await self._registry.replace(machine, complete, revision)
+        return machine.view()
+
+    async def delete(self, name: str, revision: int | None) -> None:
+        """Deletes a machine at rest with the disks qmpd made for it."""
+        machine = self._registry.get(name)
+        async with machine.held("delete"):
+            machine.require(AT_REST, "delete")
+            if revision is not None:
+                self._registry.check_revision(machine, revision)
+            await self._registry.delete(machine)
+
+    def machines(self, labels: Mapping[str, str], state: State | None) -> MachineList:
+        """The machines that carry all `labels` and are in `state`, as their tasks know them."""
+        views = (machine.view() for machine in self._registry if labels.items() <= machine.definition.spec.labels.items())
+        return MachineList(machines=tuple(view for view in views if state in (None, view.state)), event=self.bus.last)
+
+    def machine(self, name: str) -> MachineView:
+        """One machine."""
+        return self._registry.get(name).view()
+
+    def definition(self, name: str) -> DefinitionView:
+        """What the user said about a machine."""
+        machine = self._registry.get(name)
+        stored = machine.definition
+        return DefinitionView(spec=stored.spec, revision=machine.revision, created_at=stored.created_at, changed_at=stored.changed_at)
+
+    # Lifecycle.
+
+    async def start(self, name: str, request: StartRequest) -> MachineView:
+        """Launches a machine at rest."""
+        machine = self._registry.get(name)
+        machine.require(AT_REST, "start")
+        await self._start(machine, None, paused=request.paused)
+        return machine.view()
+
+    async def stop(self, name: str) -> StopView:
+        """Ends a machine's QEMU in order."""
+        machine = self._registry.get(name)
+        async with machine.held("stop", instead_of=frozenset({"shutdown"})):
+            ended = await machine.stop()
+        return msgspec.structs.replace(ended, machine=machine.view())
+
+    async def kill(self, name: str) -> StopView:
+        """Ends a machine's QEMU at once, whoever holds the machine."""
+        return await self._registry.get(name).kill()
+
+    async def reset(self, name: str) -> MachineView:
+        """Resets a machine."""
+        return await self._held(name, "reset")
+
+    async def pause(self, name: str) -> MachineView:
+        """Halts a machine's CPUs."""
+        return await self._held(name, "pause")
+
+    async def resume(self, name: str) -> MachineView:
+        """Lets a machine's CPUs run."""
+        return await self._held(name, "resume")
+
+    async def shutdown(self, name: str, request: ShutdownRequest) -> JobView:
+        """Asks the guest to power off; the job ends when it has, or when its time is over."""
+        machine = self._registry.get(name)
+        machine.require(frozenset({State.RUNNING}), "shut down")
+
+        async def work() -> StopView:
+            async with machine.held("shutdown"):
+                return await operating.shut_down(machine, request)
+
+        if machine.operation is not None:
+            async with machine.held("shutdown"):
+                pass
+        return await self._jobs.begin("shutdown", name, work)
+
+    async def wait(self, name: str, states: frozenset[State], timeout_s: float) -> MachineView:
+        """Waits until a machine is in one of `states`. Raises NotYet with its state when it was not in time."""
+        machine = self._registry.get(name)
+        if not await machine.until(states, timeout_s):
+            raise NotYet(f"machine {name!r} is {machine.state} after {timeout_s:g} s", state=str(machine.state), status=machine.status)
+        return machine.view()
+
+    # The running machine.
+
+    async def qmp(self, name: str, request: QmpRequest, caller: Caller) -> QmpAnswer:
+        """Passes a QMP command through, if this caller may."""
+        known = msgspec.structs.replace(caller, unrestricted=caller.user is not None and caller.user in self._settings.qmp_users)
+        return await operating.pass_through(self._registry.get(name), request, known)
+
+    async def screenshot(self, name: str) -> bytes:
+        """The display as PNG."""
+        return await operating.screenshot(self._registry.get(name), self._registry.paths(name).run)
+
+    async def send_key(self, name: str, request: SendKeyRequest) -> None:
+        """Presses keys."""
+        await operating.send_key(self._registry.get(name), request)
+
+    def console(self, name: str, port: int | None) -> Console:
+        """A serial port of a machine; None for its console."""
+        machine = self._registry.get(name)
+        return port_of(machine.consoles, port, machine.console_port, name)
+
+    async def expect(self, name: str, request: ExpectRequest) -> ExpectResult:
+        """Waits for a pattern on a serial port."""
+        return await expect(self.console(name, request.port), request)
+
+    # Events and jobs.
+
+    async def events_page(self, since: int, limit: int, machine: str | None) -> EventPage:
+        """Events after number `since`."""
+        return await self.journal.page(since, limit, machine)
+
+    async def jobs(self, machine: str | None = None) -> JobList:
+        """The jobs, newest first."""
+        return JobList(jobs=await self._jobs.jobs(machine))
+
+    async def job(self, job_id: str) -> JobView:
+        """One job."""
+        return await self._jobs.job(job_id)
+
+    async def cancel(self, job_id: str) -> JobView:
+        """Cancels a job."""
+        return await self._jobs.cancel(job_id)
+
+    # How it is done.
+
+    async def _launch(self, spec: MachineSpec) -> Launch:
+        named, world = await self._worlds.of(spec, self._registry.paths(spec.name))
+        return self._planned(spec, named, world)
+
+    def _planned(self, spec: MachineSpec, named: NamedBoard, world: World) -> Launch:
+        found = problems(spec, named, world)
+        if found:
+            raise invalid(found)
+        return Launch(
+            plan=plan(spec, named, world),
+            run_dir=world.paths.run,
+            state_dir=world.paths.state,
+            log_cap_bytes=self._registry.log_cap_bytes,
+            stderr_path=self._registry.stderr_path(spec.name),
+            machine=resolve(spec, named, world).machine,
+            emulator_version=world.emulator.version,
+        )
+
+    async def _start(self, machine: Machine, launch: Launch | None, *, paused: bool) -> None:
+        async with machine.held("start"):
+            machine.require(AT_REST, "start")
+            launch = launch or await self._launch(machine.definition.spec)
+            async with self._starting:
+                await machine.start(msgspec.structs.replace(launch, paused=paused))
+
+    async def _completed(self, spec: MachineSpec) -> tuple[MachineSpec, Launch]:
+        """A definition with everything filled in, and how it would be launched, in one and the same world."""
+        named, world = await self._worlds.of(spec, self._registry.paths(spec.name))
+        complete = self._registry.complete(spec, self._planned(spec, named, world).machine)
+        return complete, self._planned(complete, named, world)
+
+    async def _held(self, name: str, verb: str) -> MachineView:
+        machine = self._registry.get(name)
+        verbs = {"reset": machine.reset, "pause": machine.pause, "resume": machine.resume}
+        async with machine.held(verb):
+            await verbs[verb]()
+        return machine.view()

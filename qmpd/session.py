@@ -1,0 +1,247 @@
+"""One QEMU process, from launch or adoption to its exit: its monitor, and what it says.
+
+A session owns the connections to the process, never the process: when a session is cancelled because the daemon ends, QEMU goes
+on. It reports to its owner what happens, and decides nothing about the machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Final, Protocol
+
+from qmpd.capture import stderr_tail
+from qmpd.errors import Busy, LaunchFailed, MonitorUnavailable, QemuDied, QemuSilent, QmpdError
+from qmpd.lifecycle import Happening
+from qmpd.monitor import EventsLost, Monitor, QmpEvent, connected
+from qmpd.process import ExitStatus, QemuProcess
+from qmpd.tasks import alongside
+
+#: Until a new QEMU has built its machine: 0.1 s on an idle host; a minute means that it hangs.
+READY_DEADLINE_S: Final = 60.0
+#: An adopted QEMU built its machine long ago and greets at once, unless its main loop is blocked.
+GREETING_DEADLINE_S: Final = 5.0
+#: A lost monitor is tried again this often while the process lives.
+RECONNECT_S: Final = 1.0
+#: A QEMU that ends closes its monitor before its disks are flushed and it is gone.
+GRACE_S: Final = 5.0
+#: When the process has gone the kernel has closed its sockets: what it said last is there to be read.
+DRAIN_DEADLINE_S: Final = 5.0
+#: A question that could not be put is put again this often.
+ASK_AGAIN_S: Final = 1.0
+#: Events after which QEMU's run state may be another one than the event says.
+ASK_AFTER: Final = frozenset({"STOP", "SUSPEND", "SUSPEND_DISK", "WAKEUP", "GUEST_PANICKED", "RESET"})
+
+_log = logging.getLogger(__name__)
+Begin = Callable[[Monitor], Awaitable[None]]
+
+
+class Owner(Protocol):
+    """Who is told: the machine."""
+
+    def happen(self, happening: Happening) -> None:
+        """Something happened that may move the state."""
+
+    def set_status(self, status: str) -> None:
+        """QEMU's own word for the run state changed."""
+
+    def take_event(self, event: QmpEvent) -> None:
+        """QEMU sent an event (a coalesced one stands for `count`)."""
+
+
+class Session:
+    """A live process and the way to talk to it. `shutdown_reason` is QMP's, once QEMU said that it shuts down."""
+
+    def __init__(self, owner: Owner, name: str, process: QemuProcess, sockets: Mapping[str, str], stderr_path: str) -> None:
+        self.process = process
+        self.shutdown_reason: str | None = None
+        self._owner = owner
+        self._name = name
+        self._sockets = sockets
+        self._stderr_path = stderr_path
+        self._monitor: Monitor | None = None
+
+    @property
+    def monitor(self) -> Monitor:
+        """The connected monitor.
+
+        Raises:
+            MonitorUnavailable: there is none at the moment; the process may well be alive.
+        """
+        if self._monitor is None:
+            raise MonitorUnavailable(f"machine {self._name!r} has no monitor connection at the moment")
+        return self._monitor
+
+    async def launch(self, begin: Begin, ready: Callable[[], None]) -> ExitStatus:
+        """Connects to a QEMU that was just launched, lets `begin` set it going, and stays until it has ended.
+
+        Raises:
+            LaunchFailed: it ended, or hung and was ended, before it was ready.
+        """
+        return await self._until_exit(self._watch_launched(begin, ready))
+
+    async def adopt(self, ready: Callable[[], None], *, paused: bool) -> ExitStatus:
+        """Connects to a QEMU that runs already, and stays until it has ended.
+
+        `ready` is called after the first attempt, unless the process had ended by then. A guest that was launched to run, and
+        was not set going before its daemon died, is set going (`paused` says that it was launched to wait).
+        """
+        return await self._until_exit(self._watch_adopted(ready, paused=paused))
+
+    async def ask_status(self, monitor: Monitor) -> str:
+        """Asks QEMU for its run state, reports and returns it."""
+        answer = await monitor.execute("query-status")
+        if not isinstance(answer, dict):
+            raise QemuDied("QEMU's answer to query-status is not a map")
+        status = str(answer.get("status"))
+        self._owner.set_status(status)
+        self._owner.happen(Happening.RAN if answer.get("running") is True else Happening.HALTED)
+        return status
+
+    async def stderr(self) -> str:
+        """The end of what QEMU printed; nothing where that cannot be read."""
+        try:
+            return await stderr_tail(self._stderr_path, start=self.process.stderr_start)
+        except OSError as error:
+            _log.warning("standard error of QEMU cannot be read", extra={"machine": self._name, "error": str(error)})
+            return ""
+
+    async def _until_exit(self, watch: Coroutine[object, object, None]) -> ExitStatus:
+        async with alongside(watch, f"monitor:{self._name}") as watching, alongside(self.process.wait(), f"exit:{self._name}") as exiting:
+            await asyncio.wait([watching, exiting], return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                watching.result()
+            status = await exiting
+            await asyncio.wait([watching], timeout=DRAIN_DEADLINE_S)
+            if watching.done():
+                watching.result()
+            return status
+
+    async def _watch_launched(self, begin: Begin, ready: Callable[[], None]) -> None:
+        started = False
+
+        async def begin_and_tell(monitor: Monitor) -> None:
+            nonlocal started
+            await begin(monitor)
+            started = True
+            ready()
+
+        try:
+            await self._converse(begin_and_tell, READY_DEADLINE_S)
+        except QmpdError as error:
+            if not started:
+                raise await self._launch_failed(error) from error
+        await self._pause(GRACE_S)
+        await self._reconnect()
+
+    async def _watch_adopted(self, ready: Callable[[], None], *, paused: bool) -> None:
+        await self._pause(0)  # what was found may have ended already
+        await self._reconnect(first_attempt=ready, paused=paused)
+
+    async def _reconnect(self, first_attempt: Callable[[], None] | None = None, *, paused: bool = True) -> None:
+        async def begin(monitor: Monitor) -> None:
+            status = await self.ask_status(monitor)
+            if status == "prelaunch" and not paused:
+                await monitor.execute("cont")
+            if first_attempt is not None:
+                first_attempt()
+
+        while self.process.exit is None:
+            try:
+                await self._converse(begin, GREETING_DEADLINE_S)
+            except QemuSilent:
+                self._report(Happening.SILENT)
+            except QmpdError:  # also what is wrong on our side, descriptors that ran out say: the process lives all the same
+                self._report(Happening.DISCONNECTED)
+            else:
+                await self._pause(GRACE_S)
+                self._report(Happening.DISCONNECTED)
+            await self._pause(0)
+            if first_attempt is not None and self.process.exit is None:
+                first_attempt()
+            await self._pause(RECONNECT_S)
+
+    def _report(self, happening: Happening) -> None:
+        if self.process.exit is None:
+            self._owner.happen(happening)
+
+    async def _pause(self, seconds: float) -> None:
+        async with alongside(self.process.wait(), f"pause:{self._name}") as exiting:
+            await asyncio.wait([exiting], timeout=seconds)
+
+    async def _converse(self, begin: Begin, deadline_s: float) -> None:
+        """One monitor session, until QEMU ends it."""
+        async with connected(self._sockets["qmp"], name=self._name, peer_pid=self.process.identity.pid, deadline_s=deadline_s) as monitor:
+            self._monitor = monitor
+            try:
+                async with (
+                    alongside(self._take_events(monitor), f"events:{self._name}") as events,
+                    alongside(self._watch_silence(monitor), f"silence:{self._name}"),
+                ):
+                    await begin(monitor)
+                    await events
+            finally:
+                self._monitor = None
+
+    async def _take_events(self, monitor: Monitor) -> None:
+        async for event in monitor.events():
+            if isinstance(event, EventsLost):
+                await self._ask_again(monitor)
+                continue
+            if event.name == "SHUTDOWN":
+                self.shutdown_reason = str(event.data.get("reason", "unknown"))
+            self._owner.take_event(event)
+            if event.name == "RESUME":
+                self._owner.set_status("running")
+                self._owner.happen(Happening.RAN)
+            elif event.name in ASK_AFTER:
+                await self._ask_again(monitor)
+
+    async def _ask_again(self, monitor: Monitor) -> None:
+        """Asks until there is an answer or the session ends: a change that was not followed up would never be noticed."""
+        while monitor.closed is None:
+            try:
+                await self.ask_status(monitor)
+            except (Busy, QemuSilent):
+                await self._pause(ASK_AGAIN_S)  # other commands are before ours
+            except QmpdError:
+                return  # what the end of the process will tell
+            else:
+                return
+
+    async def _watch_silence(self, monitor: Monitor) -> None:
+        try:
+            while True:
+                await monitor.wait_silent()
+                self._owner.happen(Happening.SILENT)
+                await monitor.wait_silent(False)
+                await self._ask_again(monitor)
+        except MonitorUnavailable:
+            return
+
+    async def _launch_failed(self, error: QmpdError) -> LaunchFailed:
+        if not isinstance(error, QemuSilent):
+            await self._pause(GRACE_S)
+        hung = self.process.exit is None
+        if hung:
+            self.process.signal(signal.SIGKILL)
+        status = await self.process.wait()
+        tail = await self.stderr()
+        how = "was not ready in time and was ended" if hung else f"ended with {describe(status)} before it was ready"
+        return LaunchFailed(f"QEMU {how}: {_reason(tail) or error.message}", exit=describe(status), stderr=tail)
+
+
+def _reason(stderr: str) -> str:
+    """The line of what QEMU printed that says why it ended: its own last one, or else the last of all."""
+    lines = stderr.strip().splitlines()
+    own = [line for line in lines if line.startswith("qemu-system")]
+    return (own or lines or [""])[-1]
+
+
+def describe(status: ExitStatus) -> str:
+    """An exit status in words."""
+    if status.signal is not None:
+        return status.signal
+    return "an unknown status" if status.code is None else f"status {status.code}"

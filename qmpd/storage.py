@@ -1,0 +1,193 @@
+"""Files of definitions and of machines: what a path leads to, and the images and copies a machine needs before it starts."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from qmpd.errors import HostError, NoSpace, QmpdError
+from qmpd.facts import FileFacts
+from qmpd.plan import BlankImage, Copy
+from qmpd.spec import BiosFirmware, ImageDisk, MachineSpec, PflashFirmware
+
+#: Never a source of images or kernels, whatever the pools say.
+NEVER: Final = ("/proc", "/sys", "/dev")
+#: `qemu-img create` only writes a header; longer than this means that the file system hangs.
+CREATE_DEADLINE_S: Final = 60.0
+#: Enough of a file for every header looked at.
+HEADER_BYTES: Final = 4096
+MAGICS: Final = {
+    b"QFI\xfb": "qcow2",
+    b"KDMV": "vmdk",
+    b"# Disk D": "vmdk",
+    b"vhdxfile": "vhdx",
+    b"conectix": "vpc",
+    b"\x7fELF": "elf",
+    b"LUKS\xba\xbe": "luks",
+}
+#: qcow2 header (docs/interop/qcow2.txt): offsets of backing_file_offset, crypt_method and incompatible_features.
+BACKING_OFFSET: Final = 8
+CRYPT_METHOD: Final = 32
+INCOMPATIBLE: Final = 72
+EXTERNAL_DATA: Final = 1 << 2
+CORRUPT: Final = 1 << 1
+
+
+def paths_of(spec: MachineSpec) -> tuple[str, ...]:
+    """Every path a definition names."""
+    found: list[str | None] = [disk.path for disk in spec.disks if isinstance(disk, ImageDisk)]
+    if spec.kernel is not None:
+        found += [spec.kernel.image, spec.kernel.initrd, spec.kernel.dtb]
+    if isinstance(spec.firmware, BiosFirmware):
+        found.append(spec.firmware.path)
+    elif isinstance(spec.firmware, PflashFirmware):
+        found += [spec.firmware.code, spec.firmware.vars]
+    return tuple(dict.fromkeys(path for path in found if path is not None))
+
+
+def examine(paths: Iterable[str], pools: Sequence[str]) -> dict[str, FileFacts]:
+    """What each path leads to. Blocks; nothing but regular files is ever opened, so no FIFO or device is touched."""
+    roots = [os.path.realpath(pool) for pool in pools]  # a pool may be a link to where there is room
+    return {path: _examine(path, pools, roots) for path in paths}
+
+
+def _examine(path: str, pools: Sequence[str], roots: Sequence[str]) -> FileFacts:
+    real = os.path.realpath(path)
+    if any(real == root or real.startswith(f"{root}/") for root in NEVER):
+        return FileFacts(kind="special", real_path=real, refusal="files of /proc, /sys and /dev cannot be used")
+    if not any(root == "/" or real == root or real.startswith(f"{root}/") for root in roots):
+        return FileFacts(kind="denied", real_path=real, refusal=f"outside the directories this daemon may use ({', '.join(pools)})")
+    try:
+        status = Path(real).stat()
+    except PermissionError:
+        return FileFacts(kind="denied", real_path=real)
+    except (OSError, ValueError):
+        return FileFacts(kind="missing", real_path=real)
+    if stat.S_ISDIR(status.st_mode):
+        return FileFacts(kind="directory", real_path=real)
+    if not stat.S_ISREG(status.st_mode):
+        return FileFacts(kind="special", real_path=real)
+    readable = os.access(real, os.R_OK)
+    header = _header(real) if readable else b""
+    return FileFacts(
+        kind="file",
+        size=status.st_size,
+        readable=readable,
+        writable=os.access(real, os.W_OK),
+        real_path=real,
+        magic=next((name for magic, name in MAGICS.items() if header.startswith(magic)), None),
+        refusal=_refusal(header),
+    )
+
+
+def _header(path: str) -> bytes:
+    try:
+        # Between stat and open a file may have become something that blocks: O_NONBLOCK makes that harmless.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            return os.read(descriptor, HEADER_BYTES)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return b""
+
+
+def _refusal(header: bytes) -> str | None:
+    """Why a qcow2 image cannot be used: everything in it that would make QEMU open another file, or a repair be due."""
+    if not header.startswith(b"QFI\xfb"):
+        return None
+    header = header.ljust(HEADER_BYTES, b"\0")  # QEMU reads zeros behind the end of a file, and takes a header that is cut off
+    if int.from_bytes(header[BACKING_OFFSET : BACKING_OFFSET + 8], "big"):
+        return "the image refers to a backing file, which could be any file of this host; flatten it with qemu-img convert"
+    if int.from_bytes(header[CRYPT_METHOD : CRYPT_METHOD + 4], "big"):
+        return "the image is encrypted, and qmpd has no key for it"
+    version = int.from_bytes(header[4:8], "big")
+    features = int.from_bytes(header[INCOMPATIBLE : INCOMPATIBLE + 8], "big") if version >= 3 else 0
+    if features & EXTERNAL_DATA:
+        return "the image keeps its data in another file; convert it with qemu-img convert"
+    if features & CORRUPT:
+        return "the image is marked corrupt; look at it with qemu-img check"
+    return None
+
+
+async def make(blank: Sequence[BlankImage], copies: Sequence[Copy]) -> None:
+    """Makes the images and copies that are not there yet.
+
+    Raises:
+        NoSpace: the file system is full; what was begun is removed.
+        HostError: `qemu-img` is missing or failed.
+    """
+    for image in blank:
+        await asyncio.to_thread(_make_image, image)
+    for copy in copies:
+        await asyncio.to_thread(_copy, copy)
+
+
+def _make_image(image: BlankImage) -> None:
+    target = Path(image.path)
+    if target.exists():
+        return
+    size = image.size_mib * 1024 * 1024
+    with _making(target) as temporary:
+        if image.format == "raw":
+            with temporary.open("wb") as file:
+                file.truncate(size)
+        else:
+            _qemu_img("create", "-q", "-f", image.format, str(temporary), str(size))
+
+
+def _qemu_img(*words: str) -> None:
+    program = shutil.which("qemu-img")
+    if program is None:
+        raise HostError("qemu-img is not installed, and a qcow2 image has to be made (package qemu-utils)")
+    try:
+        done = subprocess.run([program, *words], capture_output=True, text=True, timeout=CREATE_DEADLINE_S, check=False, errors="replace")
+    except subprocess.TimeoutExpired as error:
+        raise HostError(f"qemu-img {words[0]} did not end within {CREATE_DEADLINE_S:.0f} s") from error
+    if done.returncode != 0 and "No space left" in done.stderr:
+        raise NoSpace(f"qemu-img {words[0]}: {done.stderr.strip()}")
+    if done.returncode != 0:
+        raise HostError(f"qemu-img {words[0]} failed: {done.stderr.strip()}")
+
+
+def _copy(copy: Copy) -> None:
+    target = Path(copy.target)
+    if target.exists():
+        return
+    with _making(target) as temporary:
+        shutil.copyfile(copy.source, temporary)
+
+
+@contextmanager
+def _making(target: Path) -> Iterator[Path]:
+    """A name beside the target for what is being made: it becomes the target when it is whole, or is removed."""
+    temporary = target.with_name(f".{target.name}.new")
+    try:
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            yield temporary
+            temporary.rename(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise _storage_error(error, target) from error
+
+
+def _storage_error(error: OSError, target: Path) -> QmpdError:
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return NoSpace(f"{target}: {error.strerror}")
+    return HostError(f"{target}: {error.strerror or error}")
+
+
+def remove_machine_files(directory: str) -> None:
+    """Removes a machine's own directory and all in it. Blocks."""
+    if Path(directory).is_dir():
+        shutil.rmtree(directory)
