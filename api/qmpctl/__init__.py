@@ -1,0 +1,1 @@
+"""qmpctl: the command line of qmpd. It uses only the public API."""

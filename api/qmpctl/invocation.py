@@ -1,0 +1,115 @@
+"""One run of qmpctl: its global options, and its conversation with the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import click
+
+from qmpctl.exits import Exit, Terminated, report
+from qmpd.errors import QmpdError
+
+if TYPE_CHECKING:
+    from qmpd_api.client import Client
+
+T = TypeVar("T")
+
+#: As many machines are started or stopped at once; more would only compete for the same processors.
+AT_ONCE: Final = 8
+_ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP)
+_JSON: Final = "qmpctl.json"
+_SOCKET: Final = "qmpctl.socket"
+
+
+def _remember(key: str) -> Callable[[click.Context, click.Parameter, object], None]:
+    def remember(context: click.Context, _parameter: click.Parameter, value: object) -> None:
+        if value:
+            context.meta[key] = value
+
+    return remember
+
+
+#: Options that every command takes, before or after its name.
+GLOBAL_OPTIONS: Final = (
+    click.Option(["--json"], is_flag=True, expose_value=False, callback=_remember(_JSON), help="Print JSON."),
+    click.Option(
+        ["--socket"],
+        metavar="PATH",
+        expose_value=False,
+        callback=_remember(_SOCKET),
+        help="The daemon's socket (default: QMPD_SOCKET, else root's or your own daemon's).",
+    ),
+)
+
+
+class Verb(click.Command):
+    """A command with the global options."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The command's own parameters, then the global options."""
+        own = super().get_params(ctx)
+        return [*own[:-1], *GLOBAL_OPTIONS, *own[-1:]]
+
+
+def as_json() -> bool:
+    """Whether the answer is wanted as JSON."""
+    return bool(click.get_current_context().meta.get(_JSON))
+
+
+def socket_path() -> str | None:
+    """The socket that was named, if any."""
+    named: object = click.get_current_context().meta.get(_SOCKET)
+    return named if isinstance(named, str) else None
+
+
+def perform(work: Callable[[Client], Awaitable[T]]) -> T:
+    """What `work` returns, given a client. SIGTERM and SIGHUP cancel it, so that all it holds is put back, and raise Terminated."""
+    return asyncio.run(_perform(work, socket_path()))
+
+
+async def _perform(work: Callable[[Client], Awaitable[T]], path: str | None) -> T:
+    from qmpd_api.client import Client
+
+    received: list[int] = []
+    task = asyncio.current_task()
+    loop = asyncio.get_running_loop()
+
+    def end(number: int) -> None:
+        received.append(number)
+        if task is not None:
+            task.cancel()
+
+    for number in _ENDING_SIGNALS:
+        loop.add_signal_handler(number, end, number)
+    try:
+        async with Client(path) as client:
+            return await work(client)
+    except asyncio.CancelledError:
+        if received:
+            raise Terminated(received[0]) from None
+        raise
+
+
+def for_each(names: Iterable[str], work: Callable[[Client, str], Awaitable[T]], done: Callable[[str, T], None]) -> int:
+    """Do `work` for every name, several at once; `done` sees each answer, stderr each error. The exit code is the first error's."""
+
+    async def all_of_them(client: Client) -> int:
+        turns = asyncio.Semaphore(AT_ONCE)
+        exits: list[Exit] = []
+
+        async def one(name: str) -> None:
+            async with turns:
+                try:
+                    done(name, await work(client, name))
+                except QmpdError as error:
+                    exits.append(report(error, name))
+
+        async with asyncio.TaskGroup() as group:
+            for name in dict.fromkeys(names):
+                group.create_task(one(name), name=f"qmpctl {name}")
+        return exits[0] if exits else Exit.OK
+
+    return perform(all_of_them)

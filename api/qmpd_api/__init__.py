@@ -1,0 +1,1 @@
+"""Everything that speaks HTTP: the server and its codec, and the client."""

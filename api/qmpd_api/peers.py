@@ -1,0 +1,90 @@
+"""Who is at the other end of a connection, and how many connections and requests each may have."""
+
+from __future__ import annotations
+
+import asyncio
+import pwd
+import socket
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from aiohttp import web
+
+from qmpd.access import Caller
+from qmpd.errors import Busy
+from qmpd_api.limits import Limits
+
+#: struct ucred: pid, uid, gid (unix(7)).
+_UCRED: Final = struct.Struct("=iII")
+
+
+class Peers:
+    """Counts connections and requests under way against the limits, and remembers user names."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._connections: Counter[int | None] = Counter()
+        self._caps = {"changes": limits.changes, "waits": limits.waits}
+        self._under_way: Counter[str] = Counter()
+        self._users: dict[int, str | None] = {}
+
+    def admit(self, uid: int | None) -> bool:
+        """Counts a new connection of this user, or says that there are too many."""
+        if self._connections.total() >= self._limits.connections or self._connections[uid] >= self._limits.connections_per_peer:
+            return False
+        self._connections[uid] += 1
+        return True
+
+    def leave(self, uid: int | None) -> None:
+        """The end of a connection that was admitted."""
+        self._connections[uid] -= 1
+        if not self._connections[uid]:
+            del self._connections[uid]
+
+    @contextmanager
+    def under_way(self, pool: str) -> Iterator[None]:
+        """Counts a request; raises Busy when there are as many as may be. The pool "none" has no limit."""
+        cap = self._caps.get(pool)
+        if cap is not None and self._under_way[pool] >= cap:
+            raise Busy(f"{cap} such requests are under way: ask again in a moment", limit=cap)
+        self._under_way[pool] += 1
+        try:
+            yield
+        finally:
+            self._under_way[pool] -= 1
+
+    async def caller(self, transport: asyncio.BaseTransport | None) -> Caller:
+        """The process at the other end; nobody in particular where the kernel does not say."""
+        credentials = credentials_of(transport)
+        if credentials is None:
+            return Caller()
+        pid, uid, gid = credentials
+        return Caller(uid=uid, gid=gid, pid=pid, user=await self._user(uid))
+
+    async def _user(self, uid: int) -> str | None:
+        if uid not in self._users:
+            # A directory service may be asked for the name, over a network.
+            self._users[uid] = await asyncio.to_thread(_user_name, uid)
+        return self._users[uid]
+
+
+PEERS: Final = web.AppKey("peers", Peers)
+
+
+def credentials_of(transport: asyncio.BaseTransport | None) -> tuple[int, int, int] | None:
+    """Process, user and group id of the peer of a Unix socket, as they were when it connected; None for other sockets."""
+    connection = transport.get_extra_info("socket") if transport is not None else None
+    if connection is None or connection.family != socket.AF_UNIX:
+        return None
+    pid, uid, gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid, uid, gid
+
+
+def _user_name(uid: int) -> str | None:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return None

@@ -1,0 +1,127 @@
+"""The listener: a Unix socket of our own, or sockets that systemd passed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+from aiohttp import web
+
+from qmpd.errors import HostError
+from qmpd.listeners import bound_listeners
+from qmpd_api.exchange import LIMITS
+from qmpd_api.peers import PEERS
+from qmpd_api.visits import Visit
+
+#: Clients that may wait to be accepted: a herd of shell scripts, while the daemon re-adopts its machines. One that finds the backlog
+#: full is refused by the kernel, which asyncio's clients take for a connection.
+BACKLOG: Final = 512
+#: Who may connect: the daemon's user, and the group where there is one.
+OWNER_ONLY: Final = 0o600
+OWNER_AND_GROUP: Final = 0o660
+#: Descriptors passed by systemd begin here (sd_listen_fds(3)).
+FIRST_PASSED: Final = 3
+
+_log = logging.getLogger(__name__)
+
+
+@asynccontextmanager
+async def serve(app: web.Application, path: str, *, group: str | None = None, mode: int | None = None) -> AsyncIterator[None]:
+    """Answers on the Unix socket at `path` while the block runs, and removes it afterwards.
+
+    The socket belongs to `group` where one is named (then with mode 0660, else 0600, unless `mode` says otherwise). What a dead
+    daemon left at `path` is replaced. Streams are ended with a reason when the block is left; other requests get a moment.
+
+    Raises:
+        AlreadyExists: another daemon listens there, or `path` is not a socket.
+        Invalid: the path is too long for a socket.
+        HostError: there is no such group, or the daemon may not give the socket to it.
+    """
+    async with AsyncExitStack() as stack:
+        listener = (await stack.enter_async_context(bound_listeners({"api": path})))["api"]
+        await stack.enter_async_context(_removed(path))
+        await asyncio.to_thread(_hand_over, path, group, mode if mode is not None else OWNER_AND_GROUP if group else OWNER_ONLY)
+        await stack.enter_async_context(answering(app, [listener]))
+        _log.info("listening", extra={"socket": path, "group": group})
+        yield
+
+
+@asynccontextmanager
+async def answering(app: web.Application, listeners: list[socket.socket]) -> AsyncIterator[None]:
+    """Answers on Unix sockets that are bound already, while the block runs. They are closed at its end."""
+    loop = asyncio.get_running_loop()
+    runner = web.AppRunner(app, shutdown_timeout=app[LIMITS].shutdown_s, handle_signals=False)
+    await runner.setup()
+    manager = runner.server
+    if manager is None:
+        raise RuntimeError("a runner that is set up has a server")
+
+    def visit() -> Visit:
+        return Visit(manager, loop=loop, limits=app[LIMITS], peers=app[PEERS])
+
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(runner.cleanup)
+        for listener in listeners:
+            server = await loop.create_unix_server(visit, sock=listener, backlog=BACKLOG)
+            stack.callback(server.close)
+        yield
+
+
+def passed_sockets(environ: Mapping[str, str], pid: int, first: int = FIRST_PASSED) -> list[socket.socket]:
+    """The listening sockets systemd passed to this very process, from descriptor `first` on; none where it passed none.
+
+    Raises:
+        HostError: one of them is not a Unix stream socket. TCP needs TLS, and is not opened by accident.
+    """
+    if environ.get("LISTEN_PID") != str(pid):
+        return []
+    with ExitStack() as undo:
+        passed = []
+        for descriptor in range(first, first + int(environ.get("LISTEN_FDS", "0"))):
+            os.set_inheritable(descriptor, False)
+            listener = undo.enter_context(socket.socket(fileno=descriptor))
+            if listener.family != socket.AF_UNIX or listener.type != socket.SOCK_STREAM:
+                raise HostError(f"descriptor {descriptor} passed by systemd is not a Unix stream socket")
+            passed.append(listener)
+        undo.pop_all()
+        return passed
+
+
+@asynccontextmanager
+async def _removed(path: str) -> AsyncIterator[None]:
+    """Removes the socket at the end, if it is still the one that is there now."""
+    ours = await asyncio.to_thread(os.lstat, path)
+    try:
+        yield
+    finally:
+        if not await asyncio.to_thread(_remove, path, ours.st_ino):
+            _log.warning("socket was replaced or removed by somebody else", extra={"socket": path})
+
+
+def _remove(path: str, inode: int) -> bool:
+    socket_path = Path(path)
+    try:
+        if socket_path.lstat().st_ino != inode:
+            return False
+    except FileNotFoundError:
+        return False
+    socket_path.unlink()
+    return True
+
+
+def _hand_over(path: str, group: str | None, mode: int) -> None:
+    try:
+        if group is not None:
+            shutil.chown(path, group=group)
+        Path(path).chmod(mode)
+    except LookupError as error:
+        raise HostError(f"there is no group {group!r} to give the socket {path} to") from error
+    except OSError as error:
+        raise HostError(f"cannot give the socket {path} to the group {group!r}: {error.strerror}") from error
