@@ -6,13 +6,13 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
 
 from qmpd import segments
 from qmpd.errors import HostError
+from qmpd.journal import timestamp, utc_now
 from qmpd.listeners import bound_listeners
 from qmpd.plan import LaunchPlan, SerialPipe
 from qmpd.process import Identity, QemuProcess, launch
@@ -59,7 +59,7 @@ async def prepared(what: Launch, definition: Definition) -> AsyncIterator[tuple[
             emulator=plan.binary,
             emulator_version=what.emulator_version,
             machine=what.machine,
-            started_at=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            started_at=timestamp(utc_now()),
             run_dir=what.run_dir,
             paused=what.paused,
         )

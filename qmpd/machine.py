@@ -12,7 +12,6 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import UTC, datetime
 from functools import partial
 from typing import Final, Literal
 
@@ -25,6 +24,7 @@ from qmpd.endings import is_clean, keep
 from qmpd.errors import HostError, LaunchFailed, MonitorUnavailable, QemuDied, QemuSilent, QmpdError, WrongState
 from qmpd.facts import MachinePaths
 from qmpd.hold import Hold
+from qmpd.journal import timestamp, utc_now
 from qmpd.launching import Launch, prepared
 from qmpd.lifecycle import ALIVE, ANSWERING, AT_REST, Happening, State, after
 from qmpd.machineview import view_of
@@ -54,7 +54,7 @@ Work = Callable[[asyncio.Future[None]], Coroutine[object, object, ExitStatus]]
 
 def now() -> str:
     """The wall clock, as the API writes it: UTC, ISO 8601, milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return timestamp(utc_now())
 
 
 class Machine:
