@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -13,9 +13,9 @@ import msgspec
 from qmpd import segments
 from qmpd.errors import HostError
 from qmpd.journal import timestamp, utc_now
-from qmpd.listeners import bound_listeners
+from qmpd.listeners import listening
 from qmpd.plan import LaunchPlan, SerialPipe
-from qmpd.process import Identity, QemuProcess, launch
+from qmpd.process import Gate, Identity, QemuProcess, gate, launch
 from qmpd.record import Definition, LaunchRecord, remove_record, write_record
 from qmpd.runlock import taken
 
@@ -42,44 +42,47 @@ async def prepared(what: Launch, definition: Definition) -> AsyncIterator[tuple[
         HostError, NoSpace: directories or sockets could not be made, or the machine's own files are gone.
         OSError: the process could not be started.
     """
-    plan = what.plan
-    await asyncio.to_thread(_make_ready, what)
-    record: LaunchRecord | None = None
-
-    async def write(identity: Identity) -> None:
-        nonlocal record
-        record = LaunchRecord(
-            identity=identity,
-            definition=definition,
-            argv=plan.argv({name: listener.fileno() for name, listener in listeners.items()}),
-            sockets=plan.listeners(),
-            pipes={name: pipe.path for name, pipe in plan.serial_pipes().items()},
-            accel=plan.accel,
-            accel_reason=plan.accel_reason,
-            emulator=plan.binary,
-            emulator_version=what.emulator_version,
-            machine=what.machine,
-            started_at=timestamp(utc_now()),
-            run_dir=what.run_dir,
-            paused=what.paused,
-        )
-        await asyncio.to_thread(write_record, what.run_dir, record)
-
+    records: list[LaunchRecord] = []
+    process = await launch(partial(_gated, what, definition, records), undo=partial(remove_record, what.run_dir))
     try:
-        with taken(what.state_dir) as lock:
-            async with bound_listeners(plan.listeners()) as listeners:
-                argv = plan.argv({name: listener.fileno() for name, listener in listeners.items()})
-                process = await launch(argv, listeners=listeners, cwd=what.run_dir, stderr=what.stderr_path, record=write, keep=(lock,))
-    except BaseException:
-        if record is not None:  # otherwise what lies there is another process' record, which may live
-            await asyncio.to_thread(remove_record, what.run_dir)
-        raise
-    try:
-        if record is None:
-            raise AssertionError("launch() returned without having recorded the process")
-        yield process, record
+        yield process, records[0]
     finally:
         process.close()
+
+
+def _gated(what: Launch, definition: Definition, records: list[LaunchRecord]) -> Gate:
+    """Everything between a plan and a process that waits to become QEMU, in one go: a start has few steps between threads."""
+    _make_ready(what)
+    plan = what.plan
+    with taken(what.state_dir) as lock, listening(plan.listeners()) as listeners:
+        descriptors = {name: listener.fileno() for name, listener in listeners.items()}
+        argv = plan.argv(descriptors)
+
+        def write(identity: Identity) -> None:
+            record = _record(what, definition, argv, identity)
+            write_record(what.run_dir, record)
+            records.append(record)
+
+        return gate(argv, inherited=[*descriptors.values(), lock], cwd=what.run_dir, stderr=what.stderr_path, record=write)
+
+
+def _record(what: Launch, definition: Definition, argv: tuple[str, ...], identity: Identity) -> LaunchRecord:
+    plan = what.plan
+    return LaunchRecord(
+        identity=identity,
+        definition=definition,
+        argv=argv,
+        sockets=plan.listeners(),
+        pipes={name: pipe.path for name, pipe in plan.serial_pipes().items()},
+        accel=plan.accel,
+        accel_reason=plan.accel_reason,
+        emulator=plan.binary,
+        emulator_version=what.emulator_version,
+        machine=what.machine,
+        started_at=timestamp(utc_now()),
+        run_dir=what.run_dir,
+        paused=what.paused,
+    )
 
 
 def _make_ready(what: Launch) -> None:

@@ -10,8 +10,8 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator, Mapping
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -39,10 +39,28 @@ async def bound_listeners(paths: Mapping[str, str]) -> AsyncIterator[dict[str, s
         LaunchFailed: any other refusal of the kernel, with its words.
     """
     bound = await off_loop(partial(_bind_all, dict(paths)), undo=_release, name="qmpd-bind")
+    with _closed_at_the_end(bound):
+        yield {name: bound[path] for name, path in paths.items()}
+
+
+@contextmanager
+def listening(paths: Mapping[str, str]) -> Iterator[dict[str, socket.socket]]:
+    """The same as `bound_listeners`, for a thread: blocks. When the block raises, the paths are removed too."""
+    bound = _bind_all(paths)
+    with _closed_at_the_end(bound):
+        try:
+            yield {name: bound[path] for name, path in paths.items()}
+        except BaseException:
+            _release(bound)
+            raise
+
+
+@contextmanager
+def _closed_at_the_end(bound: Mapping[str, socket.socket]) -> Iterator[None]:
     with ExitStack() as opened:
         for sock in bound.values():
             opened.enter_context(sock)
-        yield {name: bound[path] for name, path in paths.items()}
+        yield
 
 
 def _bind_all(paths: Mapping[str, str]) -> dict[str, socket.socket]:

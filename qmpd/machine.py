@@ -1,19 +1,16 @@
-"""One machine: its state, and the verbs that act on its QEMU.
+"""One machine: its state, and the one task that launches or adopts its QEMU and stays until it has ended.
 
-All changes of state happen in `happen`, by the table in `qmpd.lifecycle`, on behalf of the machine's one task. A verb asks QEMU
-for something and then waits for the state that proves it. One verb at a time holds the machine; `kill` asks nobody, and `stop`
-may replace a polite shutdown.
+All changes of state happen in `happen`, by the table in `qmpd.lifecycle`, on behalf of that task. The verbs that act on the QEMU are
+in `qmpd.power` and `qmpd.operating`; one verb at a time holds the machine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Final, Literal
 
 import msgspec
 
@@ -21,30 +18,19 @@ from qmpd.backlog import QmpEvent
 from qmpd.board import Board
 from qmpd.console import Console
 from qmpd.endings import is_clean, keep
-from qmpd.errors import HostError, LaunchFailed, MonitorUnavailable, QemuDied, QemuSilent, QmpdError, WrongState
+from qmpd.errors import HostError, LaunchFailed, MonitorUnavailable, QmpdError, WrongState
 from qmpd.facts import MachinePaths
 from qmpd.hold import Hold
 from qmpd.journal import timestamp, utc_now
 from qmpd.launching import Launch, prepared
-from qmpd.lifecycle import ALIVE, ANSWERING, AT_REST, Happening, State, after
+from qmpd.lifecycle import ALIVE, AT_REST, Happening, State, after
 from qmpd.machineview import view_of
 from qmpd.monitor import Monitor
 from qmpd.process import ExitStatus, QemuProcess
 from qmpd.record import Definition, LaunchRecord, has_begun, mark_begun, remove_record
 from qmpd.session import Session, describe
 from qmpd.shortage import shortage
-from qmpd.views import ExitView, MachineView, StopView
-
-#: QEMU emits STOP and RESUME before it answers; a state that is this late was lost.
-EFFECT_DEADLINE_S: Final = 10.0
-#: `quit` flushes every disk before the process ends.
-QUIT_DEADLINE_S: Final = 30.0
-#: The same for SIGTERM, which QEMU handles in its main loop.
-TERM_DEADLINE_S: Final = 10.0
-#: The kernel ends a killed process at once, unless it waits for a disk that hangs.
-KILL_DEADLINE_S: Final = 30.0
-#: A machine that is being launched has a process as soon as its images are made.
-PROCESS_DEADLINE_S: Final = 30.0
+from qmpd.views import ExitView, MachineView
 
 _log = logging.getLogger(__name__)
 Publish = Callable[[str, str, Mapping[str, object]], object]
@@ -142,9 +128,10 @@ class Machine:
 
     async def until(self, states: frozenset[State], timeout_s: float) -> bool:
         """Waits until the machine is in one of `states`; False when it was not in time."""
-        return await self._until(lambda: self.state in states, timeout_s)
+        return await self.when(lambda: self.state in states, timeout_s)
 
-    async def _until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+    async def when(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        """Waits until a condition on the machine holds; False when it did not in time."""
         try:
             async with asyncio.timeout(timeout_s):
                 while not condition():
@@ -169,6 +156,11 @@ class Machine:
             raise WrongState(message, state=str(self.state), allowed=allowed, holder=self.operation)
 
     @property
+    def has_process(self) -> bool:
+        """Whether there is a process that this daemon holds."""
+        return self._session is not None
+
+    @property
     def session(self) -> Session:
         """The live session. Raises WrongState when there is no process, MonitorUnavailable when it is none of ours."""
         if self.stray:
@@ -177,7 +169,7 @@ class Machine:
             raise WrongState(f"machine {self.name!r} is {self.state}: it has no process", state=str(self.state), allowed=[])
         return self._session
 
-    # Verbs.
+    # How it comes and goes.
 
     async def start(self, launch: Launch) -> None:
         """Launches QEMU; returns when the guest runs (or, if it is launched paused, is built and halted before its first instruction).
@@ -210,86 +202,11 @@ class Machine:
         if not rebooted:
             self.on_end(self)
 
-    async def pause(self) -> None:
-        """Halts the guest's CPUs."""
-        self.require(frozenset({State.RUNNING}), "pause")
-        await self._command("stop", State.PAUSED)
-
-    async def resume(self) -> None:
-        """Lets the guest's CPUs run."""
-        self.require(frozenset({State.PAUSED}), "resume")
-        await self._command("cont", State.RUNNING)
-
-    async def reset(self) -> None:
-        """Presses the reset button."""
-        self.require(ANSWERING, "reset")
-        await self.session.monitor.execute("system_reset")
-
-    async def power_down(self) -> None:
-        """Presses the power button; what the guest makes of it is its own affair."""
-        self.require(frozenset({State.RUNNING}), "shut down")
-        await self.session.monitor.execute("system_powerdown")
-
-    async def stop(self) -> StopView:
-        """Ends QEMU so that everything is flushed: `quit`, then SIGTERM. Never SIGKILL.
-
-        Raises:
-            QemuSilent: the process is still there; only `kill` is left.
-        """
-        session = await self._asked_to_end()
-        if session is None:
-            return StopView(machine=self.view(), method="already-stopped", clean=True)
-        self.happen(Happening.QUIT)
-        answered = True
-        try:
-            await session.monitor.execute("quit", deadline_s=QUIT_DEADLINE_S)
-        except QmpdError as error:
-            _log.info("quit was not answered", extra={"machine": self.name, "error": error.code})
-            answered = isinstance(error, QemuDied)  # it may end before its answer is sent
-        if answered and await self.until(AT_REST, QUIT_DEADLINE_S):
-            return self._stopped("quit")
-        session.process.signal(signal.SIGTERM)
-        if await self.until(AT_REST, TERM_DEADLINE_S):
-            return self._stopped("sigterm")
-        raise QemuSilent(f"machine {self.name!r} is still there after quit and SIGTERM; only kill is left", state=str(self.state))
-
-    async def kill(self) -> StopView:
-        """Ends the process at once. What the guest wrote and did not flush is lost."""
-        session = await self._asked_to_end()
-        if session is None:
-            return StopView(machine=self.view(), method="already-stopped", clean=True)
-        if self.state is not State.STOPPING:
-            self.happen(Happening.QUIT)
-        session.process.signal(signal.SIGKILL)
-        if not await self.until(AT_REST, KILL_DEADLINE_S):
-            raise QemuSilent(f"the QEMU of machine {self.name!r} does not end: the kernel is waiting for something", state=str(self.state))
-        return self._stopped("sigkill")
-
-    def _stopped(self, method: Literal["quit", "sigterm", "sigkill"]) -> StopView:
-        """What became of it: somebody else may have been quicker, and with other means."""
-        killed = self.exit is not None and self.exit.signal == "SIGKILL"
-        clean = self.exit is not None and self.exit.clean
-        return StopView(machine=self.view(), method="sigkill" if killed else method, clean=clean)
-
     async def release(self) -> None:
         """Lets go of the process without touching it: the daemon ends, QEMU goes on."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
-
-    async def _asked_to_end(self) -> Session | None:
-        """The session to end, of a machine that is being launched as soon as it has a process; None for a machine at rest."""
-        self.asked_to_end = True
-        await self._until(lambda: self.state is not State.STARTING or self._session is not None, PROCESS_DEADLINE_S)
-        if self.state in AT_REST:
-            return None
-        self.asked_to_end = self._session is not None
-        return self.session
-
-    async def _command(self, command: str, wanted: State) -> None:
-        await self.session.monitor.execute(command)
-        if not await self.until(frozenset({wanted}), EFFECT_DEADLINE_S):
-            raise QemuSilent(f"{command} was accepted, but machine {self.name!r} is {self.state}", state=str(self.state))
 
     # The task.
 
@@ -335,6 +252,7 @@ class Machine:
                     await monitor.execute("cont")
                     self.set_status("running")
                     self.happen(Happening.RAN)
+                    _settle(ready)  # who waits for the start need not wait for the note
                     await asyncio.to_thread(mark_begun, record.run_dir)
 
             return await self._follow(session, record, launch.state_dir, session.launch(begin, partial(_settle, ready)))

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Final, Literal
 
+from qmpd import power
 from qmpd.access import Caller, check_command
 from qmpd.errors import NotYet, Problem, QemuDied, QemuRefused, invalid
 from qmpd.lifecycle import AT_REST, State
@@ -79,9 +80,9 @@ async def shut_down(machine: Machine, request: ShutdownRequest) -> StopView:
     if await _obeyed(machine, budget):
         return StopView(machine=machine.view(), method=_rung(machine.exit), clean=machine.exit is not None and machine.exit.clean)
     if request.then == "stop":
-        return await machine.stop()
+        return await power.stop(machine)
     if request.then == "kill":
-        return await machine.kill()
+        return await power.kill(machine)
     raise NotYet(
         f"the guest of machine {machine.name!r} did not power off within {budget:g} s; it was left running", state=str(machine.state)
     )
@@ -92,7 +93,7 @@ async def _obeyed(machine: Machine, budget_s: float) -> bool:
     before, machine.asked_to_end = machine.asked_to_end, True
     try:
         with contextlib.suppress(QemuDied):  # it may obey, or be ended by somebody else, before its answer is sent
-            await machine.power_down()
+            await power.power_down(machine)
         return await machine.until(AT_REST, budget_s)
     finally:
         if machine.alive and machine.state is not State.STOPPING:

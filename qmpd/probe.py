@@ -113,6 +113,9 @@ class Emulators:
             QemuRefused: it speaks QMP but refused a question every emulator must answer.
             QemuSilent: it did not answer within PROBE_DEADLINE_S.
         """
+        remembered = await self._remembered(name_or_path)
+        if remembered is not None:
+            return remembered
         await self._rescan()
         path = self.find(name_or_path)
         if path is None:
@@ -138,6 +141,17 @@ class Emulators:
         if any(path not in self._failed for path in stale):
             await self._save()
         return [fresh[path] if path in fresh else asked[path].result() for path in paths]
+
+    async def _remembered(self, name_or_path: str) -> EmulatorFacts | None:
+        """The usual case in one step: nothing changed, neither in the places nor this emulator."""
+        path = self.find(name_or_path)
+        entry = None if path is None or self._known is None else self._known.get(str(path))
+        found = self._found
+
+        def unchanged(entry: Probed) -> bool:
+            return _unchanged(entry) and emulatorfiles.still_right(found, self._configured, self._search_path)
+
+        return entry.facts if entry is not None and await asyncio.to_thread(unchanged, entry) else None
 
     async def _rescan(self) -> None:
         """Scan if a directory or a configured file changed since the last time."""

@@ -14,9 +14,8 @@ import contextlib
 import os
 import resource
 import signal
-import socket
 import subprocess
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -38,10 +37,9 @@ _ENVIRONMENT: Final = {
     "LC_ALL": "C.UTF-8",
     "QEMU_AUDIO_DRV": "none",
 }
-#: The kernel ends a killed process at its next turn; only one stuck in a dead file system takes longer.
-_KILL_LIMIT_S: Final = 5.0
 
-Recorder = Callable[["Identity"], Awaitable[None]]
+#: Writes down who the process is. Blocks.
+Recorder = Callable[["Identity"], None]
 
 
 class NotOurs(Exception):
@@ -109,8 +107,8 @@ class QemuProcess:
         self.close()
 
 
-class _Gated(msgspec.Struct, frozen=True):
-    """A gate that waits: the pipe's end that opens it, and who it is."""
+class Gate(msgspec.Struct, frozen=True, kw_only=True):
+    """A process that is recorded and waits to become the program: who it is, and the pipe's end that lets it go on."""
 
     identity: Identity
     pidfd: int
@@ -118,44 +116,49 @@ class _Gated(msgspec.Struct, frozen=True):
     stderr_start: int
 
 
-async def launch(
-    argv: Sequence[str],
-    *,
-    listeners: Mapping[str, socket.socket],
-    cwd: str,
-    stderr: str,
-    record: Recorder,
-    keep: Sequence[int] = (),
-) -> QemuProcess:
-    """Start `argv` (an absolute path first) in a new session, with the descriptors of the listeners and of `keep` under their own numbers.
+def gate(argv: Sequence[str], *, inherited: Sequence[int], cwd: str, stderr: str, record: Recorder) -> Gate:
+    """A gate before `argv` (an absolute path first), in a new session, with the descriptors `inherited` under their own numbers. Blocks.
 
-    `record` is awaited with the identity before the program runs; it must have made it durable when it returns. If it raises or is
-    cancelled, or this process dies, the program never runs. Standard output and error are appended to the file `stderr`. Whether
-    the program could be run at all shows in how the process ends: code 126 or 127, with the shell's words in `stderr`.
+    `record` is called with the identity and must have written it down when it returns; if it raises, or this process dies, the
+    program never runs. Standard output and error are appended to the file `stderr`. Whether the program can be run at all shows in
+    how the process ends: code 126 or 127, with the shell's words in `stderr`.
 
     Raises:
         Busy, NoSpace: the host is out of descriptors, processes, memory or disk.
         LaunchFailed: the kernel refused otherwise (`cwd` does not exist, the command line is too long).
+        Exception: whatever `record` raises; the gate is gone then.
     """
-    inherited = [*(sock.fileno() for sock in listeners.values()), *keep]
     try:
-        gated = await off_loop(partial(_spawn, tuple(argv), inherited, cwd, stderr), undo=_discard, name="qmpd-spawn")
+        made = _spawn(tuple(argv), inherited, cwd, stderr)
     except (OSError, ValueError) as error:
         known = shortage(error) if isinstance(error, OSError) else None
         raise known or LaunchFailed(f"cannot start {argv[0]}: {error}") from error
-    process = QemuProcess(gated.identity, gated.pidfd, stderr_start=gated.stderr_start)
     try:
-        await record(process.identity)
-        with contextlib.suppress(BrokenPipeError):  # somebody killed the gate: the exit tells
-            os.write(gated.pipe, _GO)
+        record(made.identity)
     except BaseException:
-        process.signal(signal.SIGKILL)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_KILL_LIMIT_S):
-                await process.wait()
+        _discard(made)
         raise
+    return made
+
+
+async def launch(make: Callable[[], Gate], *, undo: Callable[[], object] = lambda: None) -> QemuProcess:
+    """Call `make` in a thread, and let the program run behind the gate that it returns.
+
+    A caller that is cancelled meanwhile leaves nothing: the program never runs, and `undo` (it may block) is called when the gate
+    is gone. Raises whatever `make` raises.
+    """
+
+    def discard(made: Gate) -> None:
+        _discard(made)
+        undo()
+
+    made = await off_loop(make, undo=discard, name="qmpd-spawn")
+    process = QemuProcess(made.identity, made.pidfd, stderr_start=made.stderr_start)
+    try:
+        with contextlib.suppress(BrokenPipeError):  # somebody killed the gate: the exit tells
+            os.write(made.pipe, _GO)
     finally:
-        os.close(gated.pipe)
+        os.close(made.pipe)
     return process
 
 
@@ -175,7 +178,7 @@ async def adopt(identity: Identity) -> QemuProcess:
     return QemuProcess(identity, pidfd)
 
 
-def _spawn(argv: tuple[str, ...], inherited: list[int], cwd: str, stderr: str) -> _Gated:
+def _spawn(argv: tuple[str, ...], inherited: Sequence[int], cwd: str, stderr: str) -> Gate:
     with contextlib.ExitStack() as passed, contextlib.ExitStack() as undo:
         output = open_appending(stderr)
         passed.callback(os.close, output)
@@ -204,14 +207,14 @@ def _spawn(argv: tuple[str, ...], inherited: list[int], cwd: str, stderr: str) -
         identity = Identity(boot_id=boot_id(), pid=child.pid, start_time=_start_time(child.pid))
         undo.pop_all()
         child.returncode = 0  # Popen is done with it: it is reaped through the pidfd, once, when that says so
-        return _Gated(identity, pidfd, pipe, stderr_start)
+        return Gate(identity=identity, pidfd=pidfd, pipe=pipe, stderr_start=stderr_start)
 
 
-def _discard(gated: _Gated) -> None:
-    os.close(gated.pipe)
+def _discard(made: Gate) -> None:
+    os.close(made.pipe)
     with contextlib.suppress(ChildProcessError):
-        os.waitid(os.P_PIDFD, gated.pidfd, os.WEXITED)  # the gate reads the end of the pipe, and exits
-    os.close(gated.pidfd)
+        os.waitid(os.P_PIDFD, made.pidfd, os.WEXITED)  # the gate reads the end of the pipe, and exits
+    os.close(made.pidfd)
 
 
 def _claim(identity: Identity) -> int:

@@ -1,6 +1,6 @@
 """What is written down of a machine: its stored definition, and the launch record that lets a later daemon find its process.
 
-The launch record lies in the machine's run directory and is on disk before QEMU runs. It holds all that is needed to take the
+The launch record lies in the machine's run directory and is there before QEMU runs. It holds all that is needed to take the
 process over again without the database.
 """
 
@@ -54,24 +54,21 @@ class LaunchRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_record(directory: str, record: LaunchRecord) -> None:
-    """Makes the record durable: afterwards it is there after a crash at any instant. Blocks."""
+    """Writes the record down: whole or not at all, whatever becomes of this process. Blocks.
+
+    It is not synced to the disk: that would protect it from a crash of the host, which no QEMU survives that it could name, and
+    would cost a start more than all its other steps together.
+    """
     target = Path(directory) / RECORD_NAME
     temporary = target.with_suffix(".new")
     try:
         # Buffered: a single write(2) may take less than all of it on a disk that is nearly full, and say nothing.
         with open(temporary, "wb", opener=_private) as file:
             file.write(msgspec.msgpack.encode(record))
-            file.flush()
-            os.fsync(file.fileno())
         temporary.rename(target)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
 
 
 def _private(path: str, flags: int) -> int:
@@ -101,7 +98,10 @@ def read_record(directory: str) -> LaunchRecord:
 
 def mark_begun(directory: str) -> None:
     """Notes that the guest was set going, so that nobody does it again for a guest that somebody has halted since. Blocks."""
-    (Path(directory) / BEGUN_NAME).touch(mode=0o600)
+    try:
+        (Path(directory) / BEGUN_NAME).touch(mode=0o600)
+    except OSError as error:
+        _log.warning("that the guest was set going was not noted", extra={"directory": directory, "error": str(error)})
 
 
 def has_begun(directory: str) -> bool:

@@ -197,7 +197,7 @@ class Registry:
             revision = await self._store.commit({key: 0}, {key: msgspec.msgpack.encode(definition)})
         except Lost as error:
             raise AlreadyExists(f"there is a machine {spec.name!r} already", machine=spec.name) from error
-        machine = await self._add(definition, revision)
+        machine = await self._add(definition, revision, new=True)
         self._publish("machine.created", spec.name, {"board": spec.board, "revision": revision})
         return machine
 
@@ -215,7 +215,8 @@ class Registry:
         except Lost as error:
             raise StaleRevision(f"machine {machine.name!r} was changed meanwhile", revision=error.actual) from error
         machine.definition, machine.revision = definition, written
-        await self._equip(machine)
+        self._equip(machine)
+        await _look_at_logs(machine)
         self._publish("machine.replaced", machine.name, {"revision": written})
 
     def check_revision(self, machine: Machine, revision: int) -> None:
@@ -256,19 +257,23 @@ class Registry:
             except OSError as error:
                 raise HostError(f"machine {machine.name!r} is deleted, but not all its files: {error}") from error
 
-    async def _add(self, definition: Definition, revision: int) -> Machine:
+    async def _add(self, definition: Definition, revision: int, *, new: bool = False) -> Machine:
+        """A new machine has no past: neither an ending nor console logs to look at."""
         name = definition.spec.name
         machine = Machine(definition, revision, self._publish)
         machine.on_end = self._ended
-        machine.exit = await asyncio.to_thread(last, self.paths(name).state)
+        if not new:
+            machine.exit = await asyncio.to_thread(last, self.paths(name).state)
         self._machines[name] = machine
-        await self._equip(machine)
+        self._equip(machine)
+        if not new:
+            await _look_at_logs(machine)
         return machine
 
     def _ended(self, machine: Machine) -> None:
         self.on_end(machine)
 
-    async def _equip(self, machine: Machine) -> None:
+    def _equip(self, machine: Machine) -> None:
         """Gives a machine its board and its consoles, as its definition says."""
         spec = machine.definition.spec
         try:
@@ -281,8 +286,6 @@ class Registry:
         delay = board.console.input_delay_ms / 1000
         machine.consoles = {index: Console(paths.log(f"serial{index}"), self._watch, input_delay_s=delay) for index in kept}
         machine.console_port = console_port(spec, board)
-        for console in machine.consoles.values():
-            await console.load()
 
     def capped_files(self) -> dict[str, int]:
         """The logs of the machines that have a process, and how many bytes of each are kept."""
@@ -296,6 +299,11 @@ class Registry:
     def running(self) -> list[Machine]:
         """The machines that have a process."""
         return [machine for machine in self._machines.values() if machine.state not in AT_REST]
+
+
+async def _look_at_logs(machine: Machine) -> None:
+    for console in machine.consoles.values():
+        await console.load()
 
 
 def _run_directories(parent: str) -> list[str]:

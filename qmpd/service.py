@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from qmpd import __version__, operating
+from qmpd import __version__, operating, power
 from qmpd.access import Caller
 from qmpd.board import NamedBoard
 from qmpd.bus import Bus
@@ -200,12 +200,12 @@ class Service:
         """Ends a machine's QEMU in order."""
         machine = self._registry.get(name)
         async with machine.held("stop", instead_of=frozenset({"shutdown"})):
-            ended = await machine.stop()
+            ended = await power.stop(machine)
         return msgspec.structs.replace(ended, machine=machine.view())
 
     async def kill(self, name: str) -> StopView:
         """Ends a machine's QEMU at once, whoever holds the machine."""
-        return await self._registry.get(name).kill()
+        return await power.kill(self._registry.get(name))
 
     async def reset(self, name: str) -> MachineView:
         """Resets a machine."""
@@ -317,7 +317,7 @@ class Service:
 
     async def _held(self, name: str, verb: str) -> MachineView:
         machine = self._registry.get(name)
-        verbs = {"reset": machine.reset, "pause": machine.pause, "resume": machine.resume}
+        verbs = {"reset": power.reset, "pause": power.pause, "resume": power.resume}
         async with machine.held(verb):
-            await verbs[verb]()
+            await verbs[verb](machine)
         return machine.view()

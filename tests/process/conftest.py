@@ -9,11 +9,12 @@ import shutil
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from qmpd.process import Identity, NotOurs, QemuProcess, launch
+from qmpd.process import Identity, NotOurs, QemuProcess, gate, launch
 from tests.process.emulator import PATIENCE_S, Emulators, emulators_in, unrecorded
 
 Starter = Callable[..., Awaitable[QemuProcess]]
@@ -40,9 +41,9 @@ async def start(directory: Path) -> AsyncIterator[Starter]:
     started: list[QemuProcess] = []
 
     async def starter(
-        *argv: str, cwd: str = "/", record: Callable[[Identity], Awaitable[None]] = unrecorded, stderr: Path = directory / "stderr"
+        *argv: str, cwd: str = "/", record: Callable[[Identity], None] = unrecorded, stderr: Path = directory / "stderr"
     ) -> QemuProcess:
-        process = await launch(argv, listeners={}, cwd=cwd, stderr=str(stderr), record=record)
+        process = await launch(partial(gate, argv, inherited=(), cwd=cwd, stderr=str(stderr), record=record))
         started.append(process)
         return process
 

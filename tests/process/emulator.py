@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from qmpd.capture import stderr_tail
 from qmpd.listeners import bound_listeners
 from qmpd.monitor import Monitor, connected
-from qmpd.process import Identity, QemuProcess, launch
+from qmpd.process import Identity, QemuProcess, gate, launch
 
 QEMU = "/usr/bin/qemu-system-x86_64"
 #: Far above what any step takes on a busy machine: when it passes, the test has failed.
@@ -34,7 +36,7 @@ RESET_STORM = rom(bytes.fromhex("ba f9 0c b0 06 ee f4"))
 SPIN = rom(bytes.fromhex("eb fe"))
 
 
-async def unrecorded(_identity: Identity) -> None:
+def unrecorded(_identity: Identity) -> None:
     """A recorder for tests that are not about recording."""
 
 
@@ -60,7 +62,7 @@ class Emulators:
         self._count = 0
 
     async def start(
-        self, *options: str, machine: str = "none", halted: bool = True, record: Callable[[Identity], Awaitable[None]] = unrecorded
+        self, *options: str, machine: str = "none", halted: bool = True, record: Callable[[Identity], None] = unrecorded
     ) -> Emulator:
         """Launch a QEMU with a monitor, as the daemon does; returns when its gate was opened."""
         self._count += 1
@@ -69,7 +71,8 @@ class Emulators:
             argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-machine", f"{machine},accel=tcg", "-m", "16"]
             argv += ["-S"] if halted else []
             argv += ["-chardev", f"socket,id=qmp,fd={listeners['qmp'].fileno()},server=on,wait=off", "-qmp", "chardev:qmp"]
-            process = await launch([*argv, *options], listeners=listeners, cwd="/", stderr=stderr, record=record)
+            inherited = [listeners["qmp"].fileno()]
+            process = await launch(partial(gate, [*argv, *options], inherited=inherited, cwd="/", stderr=stderr, record=record))
         self._owned.push_async_callback(_end, process, stderr)
         return Emulator(process, qmp, stderr)
 
@@ -109,8 +112,16 @@ def descriptors() -> int:
 def children() -> set[str]:
     """This process's children, zombies too, by number and name."""
     tasks = Path("/proc/self/task")
-    pids = {pid for task in tasks.iterdir() for pid in (task / "children").read_text().split()}
-    return {f"{pid} {Path('/proc', pid, 'comm').read_text()}" for pid in pids}
+    found = set()
+    for task in tasks.iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ended meanwhile
+            found |= {child for pid in (task / "children").read_text().split() for child in _named(pid)}
+    return found
+
+
+def _named(pid: str) -> Iterator[str]:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it was reaped meanwhile
+        yield f"{pid} {Path('/proc', pid, 'comm').read_text()}"
 
 
 def program_of(identity: Identity) -> Path:

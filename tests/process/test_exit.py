@@ -20,16 +20,16 @@ from tests.process.emulator import PATIENCE_S, alive, descriptors
 
 #: An earlier daemon: launches a program, says who it is, and does as it is told: "leave" it, or stay and never reap it.
 EARLIER_DAEMON = """
-import asyncio, os, sys
+import asyncio, sys
+from functools import partial
 import msgspec
-from qmpd.errors import Busy
-from qmpd.process import launch
+from qmpd.process import gate, launch
 
-async def record(identity):
+def record(identity):
     print(msgspec.json.encode(identity).decode(), flush=True)
 
 async def main():
-    process = await launch(sys.argv[3:], listeners={}, cwd="/", stderr=sys.argv[2], record=record)
+    process = await launch(partial(gate, sys.argv[3:], inherited=(), cwd="/", stderr=sys.argv[2], record=record))
     process.close()
 
 asyncio.run(main())

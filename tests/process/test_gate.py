@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -17,7 +19,7 @@ from qmpd import process as process_module
 from qmpd.capture import stderr_tail
 from qmpd.errors import Busy, LaunchFailed
 from qmpd.listeners import bound_listeners
-from qmpd.process import ExitStatus, Identity, NotOurs, adopt, launch
+from qmpd.process import ExitStatus, Gate, Identity, NotOurs, adopt, gate, launch
 from tests.process.conftest import Starter
 from tests.process.emulator import PATIENCE_S, children, program_of, quiet, unrecorded
 
@@ -26,16 +28,23 @@ ROOT = Path(__file__).parents[2]
 
 #: A daemon that launches a program and dies before the record is made, at a point its parent chooses.
 DYING_DAEMON = """
-import asyncio, sys
+import asyncio, sys, time
+from functools import partial
 import msgspec
-from qmpd.process import launch
+from qmpd.process import gate, launch
 
-async def record(identity):
+def record(identity):
     print(msgspec.json.encode(identity).decode(), flush=True)
-    await asyncio.Event().wait()
+    time.sleep(1000)
 
-asyncio.run(launch(sys.argv[2:], listeners={}, cwd="/", stderr=sys.argv[1], record=record))
+asyncio.run(launch(partial(gate, sys.argv[2:], inherited=(), cwd="/", stderr=sys.argv[1], record=record)))
 """
+
+
+def before(
+    directory: Path, argv: Sequence[str], record: Callable[[Identity], None] = unrecorded, inherited: Sequence[int] = ()
+) -> Callable[[], Gate]:
+    return partial(gate, argv, inherited=inherited, cwd="/", stderr=str(directory / "stderr"), record=record)
 
 
 def touch(path: Path) -> tuple[str, ...]:
@@ -45,13 +54,10 @@ def touch(path: Path) -> tuple[str, ...]:
 async def test_the_program_runs_only_after_it_was_recorded(start: Starter, directory: Path) -> None:
     recorded: list[Identity] = []
 
-    def observe(identity: Identity) -> None:
+    def record(identity: Identity) -> None:
         assert not (directory / "ran").exists()
         assert program_of(identity).name in {"dash", "bash", "busybox", "sh"}
         recorded.append(identity)
-
-    async def record(identity: Identity) -> None:
-        await asyncio.to_thread(observe, identity)
 
     process = await start(*touch(directory / "ran"), record=record)
     assert await process.wait() == ExitStatus(code=0)
@@ -68,36 +74,41 @@ async def test_the_program_has_the_identity_of_the_gate(start: Starter, director
 
 
 async def test_a_recorder_that_fails_keeps_the_program_from_running(directory: Path) -> None:
-    async def record(identity: Identity) -> None:
+    def record(identity: Identity) -> None:
         seen.append(identity)
         raise OSError("disk on fire")
 
     seen: list[Identity] = []
     with pytest.raises(OSError, match="disk on fire"):
-        await launch(touch(directory / "ran"), listeners={}, cwd="/", stderr=str(directory / "stderr"), record=record)
+        await launch(before(directory, touch(directory / "ran"), record))
     assert not (directory / "ran").exists()
     with pytest.raises(NotOurs):
         await adopt(seen[0])  # gone, and reaped
 
 
 async def test_a_caller_that_is_cancelled_while_recording_keeps_the_program_from_running(directory: Path) -> None:
-    recording = asyncio.Event()
+    others = children()
+    recording, cancelled, undone = threading.Event(), threading.Event(), threading.Event()
 
-    async def record(_identity: Identity) -> None:
+    def record(_identity: Identity) -> None:
         recording.set()
-        await asyncio.Event().wait()
+        assert cancelled.wait(PATIENCE_S)
 
-    command = launch(touch(directory / "ran"), listeners={}, cwd="/", stderr=str(directory / "stderr"), record=record)
+    command = launch(before(directory, touch(directory / "ran"), record), undo=undone.set)
     task = asyncio.create_task(command, name="launch")
-    await recording.wait()
+    assert await asyncio.to_thread(recording.wait, PATIENCE_S)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    cancelled.set()
+    assert await asyncio.to_thread(undone.wait, PATIENCE_S)
     assert not (directory / "ran").exists()
+    assert children() <= others
 
 
 async def test_a_caller_that_is_cancelled_while_spawning_leaves_no_gate(directory: Path) -> None:
-    command = launch(touch(directory / "ran"), listeners={}, cwd="/", stderr=str(directory / "stderr"), record=unrecorded)
+    others = children()
+    command = launch(before(directory, touch(directory / "ran")))
     task = asyncio.create_task(command, name="launch")
     await asyncio.sleep(0)
     await asyncio.sleep(0)  # it is in the thread now
@@ -106,7 +117,7 @@ async def test_a_caller_that_is_cancelled_while_spawning_leaves_no_gate(director
         await task
     await quiet()
     assert not (directory / "ran").exists()
-    assert children() == set()
+    assert children() <= others
 
 
 async def test_a_daemon_that_is_killed_before_the_record_leaves_nothing_running(directory: Path) -> None:
@@ -137,10 +148,10 @@ def test_a_gate_whose_pipe_ends_too_early_runs_nothing(directory: Path, written:
 
 
 async def test_a_gate_that_somebody_kills_is_an_exit_and_not_an_error(start: Starter, directory: Path) -> None:
-    async def record(identity: Identity) -> None:
+    def record(identity: Identity) -> None:
         os.kill(identity.pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):  # reaped already
-            await asyncio.to_thread(os.waitid, os.P_PID, identity.pid, os.WEXITED | os.WNOWAIT)
+            os.waitid(os.P_PID, identity.pid, os.WEXITED | os.WNOWAIT)
 
     process = await start(*touch(directory / "ran"), record=record)
     assert await process.wait() == ExitStatus(signal="SIGKILL")
@@ -175,7 +186,7 @@ async def test_listeners_are_inherited_under_their_own_numbers(directory: Path) 
         number = listeners["qmp"].fileno()
         script = f"import socket; print(socket.socket(fileno={number}).getsockname())"
         argv = [sys.executable, "-c", script]
-        process = await launch(argv, listeners=listeners, cwd="/", stderr=str(directory / "stderr"), record=unrecorded)
+        process = await launch(before(directory, argv, inherited=[listeners["qmp"].fileno()]))
     await process.wait()
     assert await stderr_tail(str(directory / "stderr")) == f"{directory / 'qmp'}\n"
 
@@ -183,7 +194,7 @@ async def test_listeners_are_inherited_under_their_own_numbers(directory: Path) 
 async def test_a_client_of_a_passed_listener_is_reset_when_the_program_dies(directory: Path) -> None:
     async with bound_listeners({"qmp": str(directory / "qmp")}) as listeners:
         argv = ["/bin/sleep", "1000"]
-        process = await launch(argv, listeners=listeners, cwd="/", stderr=str(directory / "stderr"), record=unrecorded)
+        process = await launch(before(directory, argv, inherited=[listeners["qmp"].fileno()]))
     with socket.socket(socket.AF_UNIX) as waiting:
         waiting.connect(str(directory / "qmp"))
         process.signal(signal.SIGKILL)
@@ -230,6 +241,7 @@ async def test_a_link_in_the_place_of_the_output_is_not_followed(start: Starter,
 async def test_without_descriptors_the_host_is_busy_and_nothing_is_left(
     start: Starter, directory: Path, few_descriptors: Callable[[int], None]
 ) -> None:
+    others = children()
     refused = 0
     for more in range(12):
         few_descriptors(more)
@@ -239,7 +251,7 @@ async def test_without_descriptors_the_host_is_busy_and_nothing_is_left(
             refused += 1
             few_descriptors(50)
             assert not (directory / "ran").exists()
-            assert children() == set()
+            assert children() <= others
         else:
             few_descriptors(50)
             assert await process.wait() == ExitStatus(code=0)

@@ -128,7 +128,7 @@ async def test_metrics_are_what_prometheus_reads(settings: Settings, short_direc
             await service.create(toy(name))
         await service.start("one", StartRequest())
         await service.qmp("one", QmpRequest(execute="system_reset"), ADMIN)
-        families = {family.name: family for family in text_string_to_metric_families(service.metrics().decode())}
+        families = {family.name: family for family in text_string_to_metric_families((await service.metrics()).decode())}
         states = {sample.labels["state"]: sample.value for sample in families["qmpd_machines"].samples}
         assert states == {**dict.fromkeys(map(str, State), 0), "running": 1, "stopped": 1}
         resets = {sample.labels["machine"]: sample.value for sample in families["qmpd_machine_resets"].samples}

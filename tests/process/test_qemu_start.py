@@ -56,7 +56,7 @@ async def test_an_image_that_another_qemu_uses_is_refused_with_its_name(emulator
 
 
 async def test_a_start_that_hangs_before_the_greeting_is_silent_and_can_be_killed(emulators: Emulators) -> None:
-    async def stop_the_gate(identity: Identity) -> None:
+    def stop_the_gate(identity: Identity) -> None:
         os.kill(identity.pid, signal.SIGSTOP)
 
     emulator = await emulators.start(record=stop_the_gate)
@@ -69,7 +69,7 @@ async def test_a_start_that_hangs_before_the_greeting_is_silent_and_can_be_kille
 
 
 async def test_a_qemu_killed_before_its_greeting_resets_the_waiting_client(emulators: Emulators) -> None:
-    async def stop_the_gate(identity: Identity) -> None:
+    def stop_the_gate(identity: Identity) -> None:
         os.kill(identity.pid, signal.SIGSTOP)
 
     emulator = await emulators.start(record=stop_the_gate)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qmpd import power
 from qmpd.lifecycle import Happening
 from qmpd.machine import Machine
 from qmpd.record import Definition
@@ -133,7 +134,7 @@ async def test_a_machine_that_is_stopped_while_it_waits_stays_stopped() -> None:
     async with restarts() as (watcher, starter):
         one = end(machine())
         watcher.ended(one)
-        assert (await one.stop()).method == "already-stopped"
+        assert (await power.stop(one)).method == "already-stopped"
         assert await starter.count(0) == 0
 
 
