@@ -13,14 +13,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
 from tests.guests import encoders
-from tests.guests.catalogue import SOURCE_DIRECTORY, Assembled, Catalogue, Guest, Recipe, Toolchain, load, recipes
+from tests.guests.catalogue import SOURCE_DIRECTORY, Assembled, Guest, Program, Recipe, Toolchain, load, recipes
 
 __all__ = ["PACKAGES", "BuildFailed", "Guest", "MissingTools", "build_all"]
 
@@ -44,24 +44,27 @@ class MissingTools(BuildFailed):
     """Assemblers are missing; the message names the Debian packages that have them."""
 
 
-def build_all(out: Path) -> dict[str, Guest]:
-    """Make every guest of the catalogue in `out`, and return them by name, `file` absolute.
+def build_all(out: Path, only: Collection[str] | None = None) -> dict[str, Guest]:
+    """Make every guest of the catalogue in `out`, or those called `only`, and return them by name, `file` absolute.
 
     Raises:
         MissingTools: an assembler is not installed; nothing was built.
         BuildFailed: a tool refused a source.
     """
-    _require_tools(_CATALOGUE)
+    wanted = [recipe for recipe in recipes(_CATALOGUE) if only is None or recipe.guest.name in only]
+    _require_tools([recipe.program for recipe in wanted])
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
-        return {recipe.guest.name: _up_to_date(recipe, out) for recipe in recipes(_CATALOGUE)}
+        return {recipe.guest.name: _up_to_date(recipe, out) for recipe in wanted}
 
 
-def _require_tools(catalogue: Catalogue) -> None:
+def _require_tools(programs: Iterable[Program]) -> None:
+    used = {program.toolchain for program in programs if isinstance(program, Assembled)}
     missing = {
         toolchain.prefix + tool: toolchain.package
-        for toolchain in catalogue.toolchains.values()
+        for name, toolchain in _CATALOGUE.toolchains.items()
+        if name in used
         for tool in ("as", "ld", "objcopy")
         if shutil.which(toolchain.prefix + tool) is None
     }

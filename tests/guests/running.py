@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.guests.catalogue import Guest
-from tests.newer_qemu import OTHER_QEMU
+from tests.newer_qemu import MACHINES, is_other
 
 BOOT_DEADLINE_S = 90.0
 """Until the first line. Guests boot within a second; a host that runs other work on both its cores takes its time."""
@@ -35,12 +35,14 @@ def command(guest: Guest, serial: str, *, image: Path | None = None) -> tuple[st
 
     Disks are run with `snapshot=on`, so the file is not written; with `image`, that copy is used in its place, and is written.
     """
+    newer = is_other(guest.arch_emulator)
+    machine = MACHINES.get(guest.machine, guest.machine) if newer else guest.machine
     return (
         f"qemu-system-{guest.arch_emulator}",
-        *("-machine", guest.machine, "-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none"),
+        *("-machine", machine, "-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none"),
         *(("-cpu", guest.cpu) if guest.cpu else ()),
         *("-m", str(guest.memory_mib)),
-        *(("-audio", "none") if OTHER_QEMU is not None else ()),
+        *(("-audio", "none") if newer else ()),
         *guest.options,
         *_boot(guest, image),
         *(("-serial", "null") * guest.serial_index),

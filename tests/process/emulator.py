@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -17,7 +18,8 @@ from qmpd.listeners import bound_listeners
 from qmpd.monitor import Monitor, connected
 from qmpd.process import Identity, QemuProcess, gate, launch
 
-QEMU = "/usr/bin/qemu-system-x86_64"
+#: The one that PATH leads to: `scripts/test --qemu` puts another in front. Without any, tests fail with the name of the usual one.
+QEMU = shutil.which("qemu-system-x86_64") or "/usr/bin/qemu-system-x86_64"
 #: Far above what any step takes on a busy machine: when it passes, the test has failed.
 PATIENCE_S = 60.0
 

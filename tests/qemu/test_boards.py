@@ -12,21 +12,18 @@ import pytest
 from qmpd.board import Board
 from qmpd.errors import QmpdError
 from qmpd.lifecycle import State
+from qmpd.plan.disks import halts_on_error
 from qmpd.service import Service
-from qmpd.spec import BiosFirmware, Firmware, ImageDisk, Kernel, MachineSpec, NoFirmware, UserNic, VncDisplay
+from qmpd.spec import BiosFirmware, Firmware, ImageDisk, Kernel, MachineSpec, NoFirmware, UserNic, VncDisplay, Watchdog
 from qmpd.views import StartRequest
 from tests.golden.worlds import CATALOGUE
 from tests.guests.build import Guest
-from tests.newer_qemu import BOARDS, skip_where_it_differs
+from tests.newer_qemu import BOARDS, MAJOR_VERSION, skip_where_it_differs
 
 pytestmark = pytest.mark.qemu
 
 MIB = 1024 * 1024
-#: Flash devices take an image of exactly their own size.
-FLASH_MIB = {"mipsel-malta": 4, "mips-malta": 4, "mips64-malta": 4, "mips64el-malta": 4, "sh4-r2d": 16, "sh4eb-r2d": 16}
-FLASH_MIB |= {"microblaze-s3adsp1800": 16, "microblazeel-ml605": 32, "xtensa-kc705": 128, "xtensa-lx60": 4}
-
-
+FLOPPY_BYTES = 2880 * 512
 #: Boards that start with an ELF file only, and the guest of another board whose file will do.
 ELF_OF = {"mips64el-loongson3": "mips64el-malta", "ppc-ppce500": "ppc-bamboo", "ppc64-ppce500": "ppc-bamboo"}
 DEFAULT: Firmware = MachineSpec(name="x", board="x").firmware
@@ -53,12 +50,16 @@ def variants(name: str, plain: MachineSpec, directory: Path) -> Iterator[tuple[s
     board = CATALOGUE.get(name).board
     yield "plain", plain
     for bus, attachment in board.disks.items():
-        size = 2880 * 512 if bus == "floppy" else FLASH_MIB.get(name, 64) * MIB if attachment.drive_interface == "pflash" else 64 * MIB
+        if attachment.gone_in is not None and attachment.gone_in <= MAJOR_VERSION:
+            continue
+        size = FLOPPY_BYTES if bus == "floppy" else (attachment.size_mib or 64) * MIB
         image = directory / f"{bus}.img"
         image.touch()
         with image.open("r+b") as file:
             file.truncate(size)
         disks = [ImageDisk(path=str(image), format="raw", bus=bus)]
+        if halts_on_error(disks[0], attachment):  # QEMU refuses the option for a device that cannot
+            disks = [msgspec.structs.replace(disks[0], on_error="stop")]
         if attachment.cdrom_device is not None and attachment.limit > 1:
             cdrom = directory / f"{bus}.iso"
             shutil.copyfile(image, cdrom)
@@ -68,6 +69,8 @@ def variants(name: str, plain: MachineSpec, directory: Path) -> Iterator[tuple[s
         yield f"nic {model}", msgspec.structs.replace(plain, nics=(UserNic(model=model),))
     if board.rng is not None:
         yield "rng", msgspec.structs.replace(plain, rng=True)
+    for model in board.watchdogs:
+        yield f"watchdog {model}", msgspec.structs.replace(plain, watchdog=Watchdog(model=model))
     if board.display.device or board.display.vnc_vga or board.display.on_board:
         yield "vnc", msgspec.structs.replace(plain, display=VncDisplay())
 
