@@ -1,22 +1,66 @@
-"""Who asks, and which QMP commands they may pass through."""
+"""Who asks, what they may do, and which QMP commands they may pass through."""
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Final, Literal, get_args
 
 import msgspec
 
-from qmpd.errors import Forbidden, Invalid, Problem
+from qmpd.errors import Forbidden, Invalid, Problem, Unauthorized
+
+#: What somebody is to this daemon: another daemon, or a person or program in one of three roles.
+Role = Literal["peer", "admin", "operator", "viewer"]
+ROLES: Final[tuple[Role, ...]] = get_args(Role)
+#: What a request needs: to look, to use what is there, to change definitions, to do anything; `peer` is for other daemons, and
+#: `join` for hosts that have nothing yet but an invitation, which the request itself carries.
+Right = Literal["read", "operate", "define", "admin", "peer", "join"]
+
+RIGHTS: Final[dict[Role, frozenset[Right]]] = {
+    "viewer": frozenset({"read"}),
+    "operator": frozenset({"read", "operate"}),
+    "admin": frozenset({"read", "operate", "define", "admin"}),
+    "peer": frozenset({"peer"}),
+}
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
-    """The process at the other end of the API connection. `unrestricted`: may send any QMP command."""
+    """Who is at the other end of the API connection, and in which role; None: nobody who is known.
+
+    On the Unix socket the kernel names the process, and whoever may open the socket is an admin. Over TLS it is the owner of a
+    token or certificate at `address`. `labels`: only machines that carry all of them exist for this caller. `unrestricted`: may
+    send any QMP command.
+    """
 
     uid: int | None = None
     gid: int | None = None
     pid: int | None = None
     user: str | None = None
+    role: Role | None = None
+    labels: Mapping[str, str] = {}
+    address: str | None = None
     unrestricted: bool = False
+
+
+#: The daemon itself, and who speaks for it.
+OURSELVES: Final = Caller(role="admin")
+
+
+def check_right(caller: Caller, right: Right) -> None:
+    """Raises Unauthorized for somebody unknown, Forbidden for somebody whose role does not have the right."""
+    if right == "join":
+        return
+    if caller.role is None:
+        raise Unauthorized("this needs a token, or a certificate of this daemon's authority")
+    if right not in RIGHTS[caller.role]:
+        allowed = [role for role in ROLES if right in RIGHTS[role]]
+        message = f"{caller.user or 'this caller'} is {caller.role}; this is for {' or '.join(allowed)}"
+        raise Forbidden(message, role=caller.role, allowed=allowed)
+
+
+def in_scope(labels: Mapping[str, str], caller: Caller) -> bool:
+    """Whether a machine with these labels exists for this caller."""
+    return caller.labels.items() <= labels.items()
 
 
 #: Commands that only read, beside all `query-` ones.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -11,9 +12,11 @@ import click
 
 from qmpctl.exits import Exit, Terminated, report
 from qmpd.errors import QmpdError
+from qmpd_api.endpoint import default_pki
 
 if TYPE_CHECKING:
     from qmpd_api.client import Client
+    from qmpd_api.connection import Remote
 
 T = TypeVar("T")
 
@@ -22,6 +25,12 @@ AT_ONCE: Final = 8
 _ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP)
 _JSON: Final = "qmpctl.json"
 _SOCKET: Final = "qmpctl.socket"
+_URL: Final = "qmpctl.url"
+_PKI: Final = "qmpctl.pki_dir"
+#: The text of a token, for a daemon on another host. Not an option: a command line is for everybody to see.
+TOKEN_VARIABLE: Final = "QMPD_TOKEN"  # noqa: S105  its name, not a token
+URL_VARIABLE: Final = "QMPD_URL"
+SCHEME: Final = "https://"
 
 
 def _remember(key: str) -> Callable[[click.Context, click.Parameter, object], None]:
@@ -41,6 +50,20 @@ GLOBAL_OPTIONS: Final = (
         expose_value=False,
         callback=_remember(_SOCKET),
         help="The daemon's socket (default: QMPD_SOCKET, else root's or your own daemon's).",
+    ),
+    click.Option(
+        ["--url"],
+        metavar="https://HOST:PORT",
+        expose_value=False,
+        callback=_remember(_URL),
+        help="A daemon on another host instead (default: QMPD_URL). QMPD_TOKEN may hold a token for it.",
+    ),
+    click.Option(
+        ["--pki-dir"],
+        metavar="DIR",
+        expose_value=False,
+        callback=_remember(_PKI),
+        help="The directory of certificates for --url (default: that of your own or the host's daemon).",
     ),
 )
 
@@ -65,12 +88,29 @@ def socket_path() -> str | None:
     return named if isinstance(named, str) else None
 
 
+def target() -> str | Remote | None:
+    """Which daemon was named: a socket, one on another host, or none. Raises UsageError."""
+    meta = click.get_current_context().meta
+    path, address = socket_path(), meta.get(_URL) or (os.environ.get(URL_VARIABLE) if socket_path() is None else None)
+    if address is None:
+        return path
+    if path is not None:
+        raise click.UsageError("--socket and --url name two daemons")
+    if not isinstance(address, str) or not address.startswith(SCHEME) or ":" not in address.removeprefix(SCHEME):
+        raise click.UsageError(f"--url must be like {SCHEME}host:8443, not {address}")
+    from qmpd_api.connection import Remote
+
+    pki = meta.get(_PKI)
+    directory = pki if isinstance(pki, str) else default_pki()
+    return Remote(address=address.removeprefix(SCHEME).rstrip("/"), pki_dir=directory, token=os.environ.get(TOKEN_VARIABLE) or None)
+
+
 def perform(work: Callable[[Client], Awaitable[T]]) -> T:
     """What `work` returns, given a client. SIGTERM and SIGHUP cancel it, so that all it holds is put back, and raise Terminated."""
-    return asyncio.run(_perform(work, socket_path()))
+    return asyncio.run(_perform(work, target()))
 
 
-async def _perform(work: Callable[[Client], Awaitable[T]], path: str | None) -> T:
+async def _perform(work: Callable[[Client], Awaitable[T]], daemon: str | Remote | None) -> T:
     from qmpd_api.client import Client
 
     received: list[int] = []
@@ -85,7 +125,7 @@ async def _perform(work: Callable[[Client], Awaitable[T]], path: str | None) -> 
     for number in _ENDING_SIGNALS:
         loop.add_signal_handler(number, end, number)
     try:
-        async with Client(path) as client:
+        async with Client(daemon) as client:
             return await work(client)
     except asyncio.CancelledError:
         if received:

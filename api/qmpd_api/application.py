@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
 from aiohttp import web
 
 from qmpd_api import openapi
@@ -20,9 +22,11 @@ if TYPE_CHECKING:
     from qmpd.service import Service
 
 
-def create(service: Service, limits: Limits | None = None) -> web.Application:
-    """An application that answers for `service`. It owns nothing that outlives it, and does not close the service."""
+def create(service: Service, limits: Limits | None = None, *, names: Sequence[str] = ()) -> web.Application:
+    """An application that answers for `service`, also under `names`. It owns nothing that outlives it, and does not close the service."""
     limits = limits or Limits()
+    written = {f"[{name}]" if ":" in name else name.lower() for name in names}
+    limits = msgspec.structs.replace(limits, hosts=limits.hosts | written)
     app = web.Application(middlewares=GUARDS, client_max_size=limits.body_bytes)
     app[SERVICE] = service
     app[LIMITS] = limits

@@ -1,4 +1,4 @@
-"""One pool of HTTP connections to a daemon's Unix socket: calls, deadlines, and errors as the classes they were raised as.
+"""One pool of HTTP connections to a daemon, over its Unix socket or TLS: calls, deadlines, and errors as the classes they were raised as.
 
 Beside the tree of `qmpd.errors` a caller meets two of its own::
 
@@ -9,6 +9,8 @@ Beside the tree of `qmpd.errors` a caller meets two of its own::
 
 from __future__ import annotations
 
+import asyncio
+import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Final, Literal, TypeVar
@@ -87,7 +89,7 @@ def segment(value: str) -> str:
 
 
 def url(path: str, query: Query | None = None) -> URL:
-    """The address of a route. Query values of None are left out; a tuple repeats its key."""
+    """A route, relative to the daemon. Query values of None are left out; a tuple repeats its key."""
     pairs: list[tuple[str, str]] = []
     for key, value in (query or {}).items():
         if isinstance(value, tuple):
@@ -96,7 +98,7 @@ def url(path: str, query: Query | None = None) -> URL:
             pairs.append((key, "true" if value else "false"))
         elif value is not None:
             pairs.append((key, str(value)))
-    return URL(f"http://localhost{path}", encoded=True).with_query(pairs)
+    return URL(path, encoded=True).with_query(pairs)
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,11 +108,22 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     headers: Mapping[str, str]
 
 
+class Remote(msgspec.Struct, frozen=True, kw_only=True):
+    """A daemon on another host: where it listens (`host:port`), and the directory with the authority's certificate and one's own.
+
+    With a `token` no certificate of one's own is needed, and none is shown.
+    """
+
+    address: str
+    pki_dir: str
+    token: str | None = None
+
+
 class Connection:
     """Requests to one daemon. Made by `connected`; every method raises the errors of `qmpd.errors` and the two of this module."""
 
-    def __init__(self, socket_path: str, session: aiohttp.ClientSession, wire: Wire) -> None:
-        self.socket_path = socket_path
+    def __init__(self, where: str, session: aiohttp.ClientSession, wire: Wire) -> None:
+        self.where = where
         self.session = session
         self._media = MEDIA[wire]
 
@@ -168,16 +181,16 @@ class Connection:
         """Raise what aiohttp raises as DaemonUnavailable and DaemonSilent."""
         try:
             yield
+        except aiohttp.ClientConnectorCertificateError as error:
+            raise DaemonUnavailable(f"the daemon at {self.where} is not trusted: {error.certificate_error}", where=self.where) from error
         except aiohttp.ClientConnectorError as error:
-            raise DaemonUnavailable(f"cannot connect to {self.socket_path}: {_reason(error.os_error)}", socket=self.socket_path) from error
+            raise DaemonUnavailable(f"cannot connect to {self.where}: {_reason(error.os_error)}", where=self.where) from error
         except TimeoutError as error:
-            raise DaemonSilent(
-                f"the daemon at {self.socket_path} did not answer {what} within {deadline_s or CONNECT_DEADLINE_S:g} s"
-            ) from error
+            raise DaemonSilent(f"the daemon at {self.where} did not answer {what} within {deadline_s or CONNECT_DEADLINE_S:g} s") from error
         except (aiohttp.ClientError, ConnectionError) as error:
             raise DaemonUnavailable(
-                f"the connection to {self.socket_path} broke during {what}: the outcome is unknown ({str(error) or type(error).__name__})",
-                socket=self.socket_path,
+                f"the connection to {self.where} broke during {what}: the outcome is unknown ({str(error) or type(error).__name__})",
+                where=self.where,
             ) from error
 
     def _encode(self, body: msgspec.Struct) -> bytes:
@@ -185,12 +198,31 @@ class Connection:
 
 
 @asynccontextmanager
-async def connected(socket_path: str, wire: Wire) -> AsyncIterator[Connection]:
-    """A pool of connections to `socket_path`. Nothing is sent before the first call, so this never fails."""
+async def connected(target: str | Remote, wire: Wire) -> AsyncIterator[Connection]:
+    """A pool of connections to a Unix socket or a remote daemon. Nothing is sent before the first call.
+
+    Raises:
+        HostError: the certificates for a remote daemon are missing or cannot be used.
+    """
     # Watchers hold a connection each, so the pool has no limit of its own.
-    connector = aiohttp.UnixConnector(path=socket_path, limit=0)
-    async with aiohttp.ClientSession(connector=connector, auto_decompress=True) as session:
-        yield Connection(socket_path, session, wire)
+    if isinstance(target, Remote):
+        connector: aiohttp.BaseConnector = aiohttp.TCPConnector(ssl=await asyncio.to_thread(_context, target), limit=0)
+        where, base = target.address, f"https://{target.address}"
+        headers = {} if target.token is None else {"Authorization": f"Bearer {target.token}"}
+    else:
+        connector = aiohttp.UnixConnector(path=target, limit=0)
+        where, base, headers = target, "http://localhost", {}
+    async with aiohttp.ClientSession(base, connector=connector, headers=headers, auto_decompress=True) as session:
+        yield Connection(where, session, wire)
+
+
+def _context(remote: Remote) -> ssl.SSLContext:
+    # Here, not above: most callers use the Unix socket and need not wait for a library of cryptography to be imported.
+    from qmpd.pki.context import anonymous_context, client_context
+    from qmpd.pki.directory import Pki
+
+    pki = Pki(remote.pki_dir)
+    return client_context(pki) if remote.token is None else anonymous_context(pki)
 
 
 def _decode(body: bytes, content_type: str, answer: type[T]) -> T:
@@ -207,6 +239,8 @@ def _error_in(response: aiohttp.ClientResponse, body: bytes) -> QmpdError:
 
 
 def _reason(error: OSError) -> str:
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed ({error.reason or error}); see `qmpd pki check` on both sides"
     if isinstance(error, PermissionError):
         return "permission denied; only the socket's owner and group may use it"
     if isinstance(error, FileNotFoundError):

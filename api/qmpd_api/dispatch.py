@@ -14,6 +14,7 @@ from qmpd_api.codec import decode_aside, encode
 from qmpd_api.exchange import LIMITS, SERVICE, Call, Reply, read_body, revision_of
 from qmpd_api.guards import Handler, error_answer
 from qmpd_api.idempotency import ATTEMPTS, Answer, fingerprint_of, key_of
+from qmpd_api.identity import admitted, check_labels
 from qmpd_api.peers import PEERS
 from qmpd_api.queries import decode_query
 from qmpd_api.routes import Route
@@ -28,8 +29,8 @@ def endpoint(route: Route[Any, Any]) -> Handler:
     """The aiohttp handler of a route."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
+        caller = await admitted(request, route)  # before its body is read: a stranger's is not
         raw = await read_body(request, request.app[LIMITS])
-        caller = await request.app[PEERS].caller(request.transport)
         call = await _call(request, route, raw, caller)
         if route.stream is not None:
             response = await route.stream(request, call)
@@ -43,8 +44,10 @@ def endpoint(route: Route[Any, Any]) -> Handler:
                     "method": request.method,
                     "path": request.rel_url.raw_path,
                     "status": finished.status,
+                    "user": caller.user,
                     "uid": caller.uid,
                     "pid": caller.pid,
+                    "address": caller.address,
                 },
             )
         return finished.response()
@@ -54,10 +57,13 @@ def endpoint(route: Route[Any, Any]) -> Handler:
 
 async def _call(request: web.Request, route: Route[Any, Any], raw: bytes, caller: Caller) -> Call[Any, Any]:
     """Everything the caller said, as types. The body before the query: a body that is no document makes the rest meaningless."""
+    body = await _body(request, route, raw)
+    if caller.labels:
+        check_labels(body, caller)
     return Call(
         service=request.app[SERVICE],
         caller=caller,
-        body=await _body(request, route, raw),
+        body=body,
         query=decode_query(request.query, route.query, request.app[LIMITS]),
         name=request.match_info.get("name", ""),
         id=request.match_info.get("id", ""),

@@ -43,6 +43,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     connections: int = 768
     #: One user must not take them all.
     connections_per_peer: int = 512
+    #: Requests of one address without a valid token or certificate, before it has to wait: a person mistypes, a program guesses.
+    refusals: int = 20
+    #: Seconds after which that many refusals are forgotten.
+    refusals_forgotten_s: float = 60.0
+    #: Addresses whose refusals are counted; each costs about 200 bytes. Beyond this they are not: nobody guesses 256 bits.
+    refusing_addresses: int = 10_000
     #: Requests under way that change something: beyond this they would only wait for each other.
     changes: int = 64
     #: Requests that wait for a machine (expect, wait, qmp). They cost a task each and no work.

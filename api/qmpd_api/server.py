@@ -7,18 +7,24 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import AsyncIterator, Mapping
+import ssl
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 
-from qmpd.errors import HostError
+from qmpd.errors import HostError, Problem, invalid
 from qmpd.listeners import bound_listeners
 from qmpd_api.exchange import LIMITS
+from qmpd_api.identity import TRUST
 from qmpd_api.peers import PEERS
 from qmpd_api.visits import Visit
+
+if TYPE_CHECKING:
+    from qmpd.trust import Trust
 
 #: Clients that may wait to be accepted: a herd of shell scripts, while the daemon re-adopts its machines. One that finds the backlog
 #: full is refused by the kernel, which asyncio's clients take for a connection.
@@ -28,6 +34,9 @@ OWNER_ONLY: Final = 0o600
 OWNER_AND_GROUP: Final = 0o660
 #: Descriptors passed by systemd begin here (sd_listen_fds(3)).
 FIRST_PASSED: Final = 3
+MAX_PORT: Final = 65_535
+#: A handshake is two round trips; this allows for the other side of the world and a busy host. Who is slower is sent away.
+HANDSHAKE_S: Final = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -54,8 +63,8 @@ async def serve(app: web.Application, path: str, *, group: str | None = None, mo
 
 
 @asynccontextmanager
-async def answering(app: web.Application, listeners: list[socket.socket]) -> AsyncIterator[None]:
-    """Answers on Unix sockets that are bound already, while the block runs. They are closed at its end."""
+async def answering(app: web.Application, listeners: list[socket.socket], *, security: ssl.SSLContext | None = None) -> AsyncIterator[None]:
+    """Answers on sockets that are bound already, while the block runs: on Unix sockets, or with `security` over TLS. Closed at its end."""
     loop = asyncio.get_running_loop()
     runner = web.AppRunner(app, shutdown_timeout=app[LIMITS].shutdown_s, handle_signals=False)
     await runner.setup()
@@ -69,7 +78,7 @@ async def answering(app: web.Application, listeners: list[socket.socket]) -> Asy
     async with AsyncExitStack() as stack:
         stack.push_async_callback(runner.cleanup)
         for listener in listeners:
-            server = await loop.create_unix_server(visit, sock=listener, backlog=BACKLOG)
+            server = await _listening(loop, visit, listener, security)
             stack.callback(server.close)
         yield
 
@@ -103,6 +112,51 @@ async def _removed(path: str) -> AsyncIterator[None]:
     finally:
         if not await asyncio.to_thread(_remove, path, ours.st_ino):
             _log.warning("socket was replaced or removed by somebody else", extra={"socket": path})
+
+
+@asynccontextmanager
+async def answering_remotely(app: web.Application, trust: Trust, addresses: Sequence[str]) -> AsyncIterator[tuple[tuple[str, int], ...]]:
+    """Answers over TLS at `addresses` (host:port; port 0 takes a free one) while the block runs; yields where.
+
+    Raises:
+        Invalid: an address is none of this host's, or its port is taken.
+    """
+    app[TRUST] = trust
+    listeners = [listener for index, address in enumerate(addresses) for listener in await _bound(address, index)]
+    async with answering(app, listeners, security=trust.server):
+        where = tuple((str(listener.getsockname()[0]), int(listener.getsockname()[1])) for listener in listeners)
+        _log.info("listening", extra={"addresses": [f"{host}:{port}" for host, port in where]})
+        yield where
+
+
+async def _bound(address: str, index: int) -> list[socket.socket]:
+    """A listening socket at each address that a name stands for."""
+    host, _, port = address.rpartition(":")
+    if int(port) > MAX_PORT:
+        raise invalid([Problem(path=f"listen[{index}]", message=f"cannot listen at {address}: ports end at {MAX_PORT}")])
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        with ExitStack() as undo:
+            listeners = []
+            for family, _kind, _protocol, _name, where in dict.fromkeys(found):
+                listener = undo.enter_context(socket.create_server(where[:2], family=family, backlog=BACKLOG))
+                listeners.append(listener)
+            undo.pop_all()
+            return listeners
+    except OSError as error:
+        raise invalid([Problem(path=f"listen[{index}]", message=f"cannot listen at {address}: {error}")]) from error
+
+
+async def _listening(
+    loop: asyncio.AbstractEventLoop, visit: Callable[[], Visit], listener: socket.socket, security: ssl.SSLContext | None
+) -> asyncio.AbstractServer:
+    if security is not None:
+        return await loop.create_server(visit, sock=listener, backlog=BACKLOG, ssl=security, ssl_handshake_timeout=HANDSHAKE_S)
+    if sys.version_info >= (3, 13):
+        # It would remove the path when the server closes, and a socket that was passed is its owner's.
+        return await loop.create_unix_server(visit, sock=listener, backlog=BACKLOG, cleanup_socket=False)
+    return await loop.create_unix_server(visit, sock=listener, backlog=BACKLOG)
 
 
 def _remove(path: str, inode: int) -> bool:

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from qmpd.errors import Busy, QmpdError, Undecodable
 from qmpd_api.limits import Limits
-from qmpd_api.peers import Peers, credentials_of
+from qmpd_api.peers import Peers, address_of, credentials_of
 from qmpd_api.statuses import STANDING_HEADERS, RequestTimeout, body_of, headers_of, status_of
 
 _log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ MAX_LINE: Final = 8190
 class Visit(web.RequestHandler):
     """aiohttp's handler of one connection, which it creates with `manager` (the server) and asyncio drives."""
 
-    __slots__ = ("_admitted", "_busy", "_late", "_limits", "_peers", "_stalled", "_uid")
+    __slots__ = ("_admitted", "_busy", "_late", "_limits", "_peer", "_peers", "_stalled")
 
     def __init__(self, manager: web.Server, *, loop: asyncio.AbstractEventLoop, limits: Limits, peers: Peers) -> None:
         super().__init__(
@@ -44,15 +44,15 @@ class Visit(web.RequestHandler):
         self._peers = peers
         self._admitted = False
         self._busy = False
-        self._uid: int | None = None
+        self._peer: int | str | None = None
         self._late: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Admits the peer, or tells it that there are too many."""
         credentials = credentials_of(transport)
-        self._uid = credentials[1] if credentials else None
-        self._admitted = self._peers.admit(self._uid)
+        self._peer = credentials[1] if credentials else address_of(transport)
+        self._admitted = self._peers.admit(self._peer)
         if not self._admitted:
             self.transport = transport  # type: ignore[assignment]  # a stream transport, as for every stream server
             self._refuse(Busy("too many connections"))
@@ -67,7 +67,7 @@ class Visit(web.RequestHandler):
                 timer.cancel()
         if self._admitted:
             self._admitted = False
-            self._peers.leave(self._uid)
+            self._peers.leave(self._peer)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -133,10 +133,10 @@ class Visit(web.RequestHandler):
         lines = "".join(f"{name}: {value}\r\n" for name, value in {**STANDING_HEADERS, **about, **headers_of(error)}.items())
         if self.transport is not None:
             self.transport.write(f"HTTP/1.1 {status_of(type(error))} \r\n{lines}\r\n".encode() + body)
-        _log.info("connection refused", extra={"uid": self._uid, "reason": error.code})
+        _log.info("connection refused", extra={"peer": self._peer, "reason": error.code})
         self.force_close()
 
     def _abort(self) -> None:
-        _log.info("reader cut", extra={"uid": self._uid})
+        _log.info("reader cut", extra={"peer": self._peer})
         if self.transport is not None:
             self.transport.abort()

@@ -1,0 +1,10 @@
+"""The trust between daemons and their remote users: a small CA, the certificates it issues, and the check of a set-up."""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: Long enough not to be renewed in a hurry, short enough that a lost key is not lost for ever.
+CERTIFICATE_DAYS: Final = 397
+#: The directory, in an authority's own, where what it issues is put by default.
+ISSUED: Final = "issued"

@@ -1,0 +1,120 @@
+"""What `qmpd pki check` finds: each test breaks one thing of a set-up that is right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from qmpd import __main__ as command
+from qmpd.access import Role
+from qmpd.pki import certificates
+from qmpd.pki.certificates import KeyPair
+from qmpd.pki.checking import check
+from qmpd.pki.directory import AUTHORITY, AUTHORITY_KEY, CLIENT, REVOKED, SERVER, Pki
+from qmpd.views import CheckLine
+
+NOW = datetime.now(UTC)
+Break = Callable[[Pki], None]
+
+
+@pytest.fixture
+def pki(tmp_path: Path) -> Pki:
+    made = Pki(tmp_path / "pki")
+    made.init("lab")
+    made.install(made.issue("localhost", "peer", ("127.0.0.1",)), made.read(AUTHORITY) or b"", made.read(REVOKED) or b"")
+    return made
+
+
+def found(pki: Pki, now: datetime = NOW, hosts: tuple[str, ...] = ("localhost",)) -> list[CheckLine]:
+    return [line for line in check(pki.directory, hosts, now) if line.verdict != "pass"]
+
+
+def put(pki: Pki, name: str, data: bytes) -> None:
+    (pki.directory / name).write_bytes(data)
+
+
+def authority_of(pki: Pki) -> KeyPair:
+    return KeyPair(certificate=pki.read(AUTHORITY) or b"", key=pki.read(AUTHORITY_KEY) or b"")
+
+
+def signed(pki: Pki, role: Role, now: datetime = NOW, days: int = 90) -> KeyPair:
+    request = certificates.new_request("localhost")
+    made = certificates.issue(authority_of(pki), request.certificate, name="localhost", role=role, hosts=(), now=now, days=days)
+    return KeyPair(certificate=made, key=request.key)
+
+
+def replace(pki: Pki, names: tuple[str, str], pair: KeyPair) -> None:
+    put(pki, names[0], pair.certificate)
+    put(pki, names[1], pair.key)
+
+
+def foreign(pki: Pki) -> None:
+    other = certificates.new_authority("lab", NOW)
+    request = certificates.new_request("localhost")
+    made = certificates.issue(other, request.certificate, name="localhost", role="peer", hosts=(), now=NOW, days=90)
+    replace(pki, SERVER, KeyPair(certificate=made, key=request.key))
+
+
+def test_a_set_up_that_is_right_passes_and_was_really_tried(pki: Pki) -> None:
+    lines = check(pki.directory, ("localhost",), NOW)
+    assert {line.verdict for line in lines} == {"pass"}
+    assert lines[-1].subject == "TLS 1.3 with itself"
+
+
+@pytest.mark.parametrize(
+    ("breaks", "message"),
+    [
+        (lambda pki: (pki.directory / SERVER[0]).unlink(), "is missing"),
+        (lambda pki: (pki.directory / REVOKED).unlink(), "is missing"),
+        (lambda pki: (pki.directory / SERVER[1]).chmod(0o640), "is open to others"),
+        (lambda pki: (pki.directory / AUTHORITY).chmod(0o666), "written to by others"),
+        (lambda pki: pki.directory.chmod(0o777), "written to by others"),
+        (lambda pki: put(pki, AUTHORITY, b"junk"), "not a certificate"),
+        (lambda pki: put(pki, AUTHORITY, pki.read(SERVER[0]) or b""), "is not that of an authority"),
+        (lambda pki: put(pki, AUTHORITY_KEY, pki.read(SERVER[1]) or b""), f"is not that of {AUTHORITY}"),
+        (lambda pki: put(pki, REVOKED, b"junk"), "not a revocation list"),
+        (lambda pki: put(pki, SERVER[0], b"junk"), "not a certificate"),
+        (lambda pki: put(pki, SERVER[1], certificates.new_request("x").key), f"is not the key of {SERVER[0]}"),
+        (foreign, "was not issued by the authority"),
+        (lambda pki: pki.revoke("localhost"), "was revoked"),
+        (lambda pki: replace(pki, CLIENT, signed(pki, "viewer")), "has the role viewer"),
+        (lambda pki: replace(pki, SERVER, signed(pki, "operator")), "may not be used as a server"),
+        (lambda pki: replace(pki, SERVER, signed(pki, "peer", NOW + timedelta(days=2))), "is valid from"),
+        (lambda pki: replace(pki, SERVER, signed(pki, "peer", NOW - timedelta(days=9), 3)), "expired"),
+    ],
+)
+def test_a_set_up_with_a_mistake_fails_and_says_which(pki: Pki, breaks: Break, message: str) -> None:
+    breaks(pki)
+    failures = [line for line in found(pki) if line.verdict == "fail"]
+    assert any(message in line.found for line in failures), failures
+    assert all(line.mend for line in failures)
+
+
+def test_what_ends_soon_is_a_warning_and_what_has_ended_a_failure(pki: Pki) -> None:
+    replace(pki, SERVER, signed(pki, "peer", NOW, 20))
+    assert [(line.verdict, line.subject) for line in found(pki)] == [("warn", "as a server")]
+    late = NOW + timedelta(days=350)
+    assert ("warn", "revocation list") in {(line.verdict, line.subject) for line in found(pki, late)}
+    later = NOW + timedelta(days=3660)
+    assert {("fail", "certificate"), ("fail", "revocation list")} <= {(line.verdict, line.subject) for line in found(pki, later)}
+
+
+def test_a_host_that_is_called_otherwise_is_warned(pki: Pki) -> None:
+    lines = found(pki, hosts=("elsewhere",))
+    assert [(line.verdict, line.subject) for line in lines] == [("warn", "names")]
+    assert "elsewhere" in lines[0].found
+
+
+def test_the_command_says_by_its_status_whether_the_files_will_do(pki: Pki, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["pki", "--dir", str(pki.directory), "check", "--host", "localhost"]
+    assert command.main(words) == 0
+    assert "Daemons can trust each other" in capsys.readouterr().out
+    pki.revoke("localhost")
+    assert command.main([*words, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert not report["ok"]
+    assert "was revoked" in " ".join(line["found"] for line in report["lines"])
