@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Final, Generic, TypeVar
 
 from qmpd.errors import Busy, NoSpace, QmpdError
+from qmpd.failpoint import failpoint
 from qmpd.statefile import connect, is_full, owned, prepare
 from qmpd.store import Unknown
 
@@ -134,7 +135,9 @@ class _File:
                 connection.execute("ROLLBACK TO request")
             connection.execute("RELEASE request")
         try:
+            failpoint("database-commit")
             connection.execute("COMMIT")
+            failpoint("database-committed")
         except sqlite3.Error as error:
             if is_full(error):
                 raise

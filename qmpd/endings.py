@@ -8,12 +8,13 @@ from typing import Final
 
 import msgspec
 
+from qmpd.failpoint import failpoint
 from qmpd.process import ExitStatus
 from qmpd.views import ExitView
 
 ENDING_NAME: Final = "last-exit.msgpack"
-#: Reasons of SHUTDOWN (QAPI `ShutdownCause`) that are failures of the guest or of the host.
-BAD_REASONS: Final = frozenset({"guest-panic", "host-error"})
+#: Reasons of SHUTDOWN (QAPI `ShutdownCause`) that are failures of the guest or of the host, and one that QEMU has no word for.
+BAD_REASONS: Final = frozenset({"guest-panic", "host-error", "watchdog"})
 #: What is known of a process that nobody watched.
 UNSEEN: Final = "ended while no daemon ran"
 REBOOTED: Final = "the host was restarted"
@@ -33,7 +34,9 @@ def keep(state_dir: str, ending: ExitView) -> None:
     target = Path(state_dir) / ENDING_NAME
     temporary = target.with_suffix(".new")
     try:
+        failpoint("exit-keep")
         temporary.write_bytes(msgspec.msgpack.encode(ending))
+        failpoint("exit-kept")
         temporary.rename(target)
     except OSError as error:
         _log.warning("ending was not kept", extra={"path": str(target), "error": str(error)})

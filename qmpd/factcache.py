@@ -15,6 +15,8 @@ from typing import Final, TypeVar
 import msgpack
 import msgspec
 
+from qmpd.failpoint import failpoint
+
 T = TypeVar("T")
 
 #: The facts of all emulators of a distribution take about 0.8 MB; several versions side by side still fit.
@@ -79,6 +81,7 @@ def write(path: Path, document: msgspec.Struct) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+            failpoint("cache-write")
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)

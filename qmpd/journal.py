@@ -23,6 +23,7 @@ import msgspec
 
 from qmpd.database import Database
 from qmpd.errors import NoSpace, NotFound, TooLarge
+from qmpd.failpoint import failpoint
 from qmpd.views import Event, EventPage, JobView, Progress
 
 #: Events kept, give or take one in a hundred: about 14 MB of database.
@@ -211,6 +212,7 @@ def _kept(connection: sqlite3.Connection) -> tuple[int, int]:
 
 
 def _append(connection: sqlite3.Connection, event: Event, kept: int) -> Event:
+    failpoint("event-write")
     (number,) = connection.execute(
         # NULL is the highest number plus one.
         "INSERT INTO event VALUES (NULL, ?, ?, ?, ?) RETURNING number",
@@ -240,6 +242,7 @@ def _page(connection: sqlite3.Connection, since: int, limit: int, machine: str |
 
 
 def _create_job(connection: sqlite3.Connection, job: JobView) -> None:
+    failpoint("job-create")
     number = connection.execute(
         "INSERT INTO job VALUES (NULL, ?, ?, TRUE, ?)", (job.id, job.machine, msgspec.msgpack.encode(job))
     ).lastrowid
@@ -265,6 +268,7 @@ def _change_job(connection: sqlite3.Connection, job_id: str, changes: Mapping[st
     job = _job(connection, job_id)
     if job.state != "running":
         return job
+    failpoint("job-change")
     job = msgspec.structs.replace(job, **changes)
     connection.execute("UPDATE job SET running = ?, view = ? WHERE id = ?", (job.state == "running", msgspec.msgpack.encode(job), job_id))
     return job
@@ -284,6 +288,7 @@ def _remember(connection: sqlite3.Connection, key: str, answer: Answer, now_s: i
     kept = _recall(connection, key, now_s)
     if kept is not None:
         return kept
+    failpoint("answer-keep")
     connection.execute("DELETE FROM answer WHERE expires <= ?", (now_s,))
     number = connection.execute(
         "INSERT INTO answer VALUES (NULL, ?, ?, ?, ?)",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from qmpd.errors import AlreadyExists, LaunchFailed, Problem, invalid
+from qmpd.failpoint import failpoint
 from qmpd.offload import off_loop
 from qmpd.shortage import shortage
 
@@ -88,6 +89,7 @@ def _listening(path: str) -> socket.socket:
         try:
             sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             os.fchmod(sock.fileno(), 0o600)  # bind(2) gives the path the mode of the socket itself
+            failpoint("socket-bind")
             _bind(sock, path)
             sock.listen(_BACKLOG)
         except OSError as error:

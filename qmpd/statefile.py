@@ -27,6 +27,7 @@ from typing import Final
 from urllib.parse import quote
 
 from qmpd.errors import Held, NoSpace, QmpdError
+from qmpd.failpoint import failpoint
 
 DATABASE_NAME: Final = "qmpd.db"
 LOCK_NAME: Final = "lock"
@@ -143,6 +144,7 @@ def migrate(connection: sqlite3.Connection, migrations: Sequence[Sequence[str]] 
             for statement in statements:
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version={reached}")
+            failpoint("database-migrate")
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
@@ -165,6 +167,7 @@ def _create(path: Path, migrations: Sequence[Sequence[str]]) -> None:
         migrate(connection, migrations)
         # Before it has its name: a switch that is cut short leaves a rollback journal, which a look without writing cannot undo.
         connection.execute("PRAGMA journal_mode=WAL")
+    failpoint("database-named")
     draft.rename(path)
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

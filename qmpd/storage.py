@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from qmpd.errors import HostError, NoSpace, QmpdError
 from qmpd.facts import FileFacts
+from qmpd.failpoint import failpoint
 from qmpd.plan import BlankImage, Copy
 from qmpd.spec import BiosFirmware, ImageDisk, MachineSpec, PflashFirmware
 
@@ -33,12 +35,16 @@ MAGICS: Final = {
     b"\x7fELF": "elf",
     b"LUKS\xba\xbe": "luks",
 }
+#: Lies in the directory of a machine while its definition is being stored, replaced or deleted.
+UNFINISHED: Final = ".unfinished"
 #: qcow2 header (docs/interop/qcow2.txt): offsets of backing_file_offset, crypt_method and incompatible_features.
 BACKING_OFFSET: Final = 8
 CRYPT_METHOD: Final = 32
 INCOMPATIBLE: Final = 72
 EXTERNAL_DATA: Final = 1 << 2
 CORRUPT: Final = 1 << 1
+
+_log = logging.getLogger(__name__)
 
 
 def paths_of(spec: MachineSpec) -> tuple[str, ...]:
@@ -173,8 +179,11 @@ def _making(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
+            failpoint("image-make")
             yield temporary
+            failpoint("image-made")
             temporary.rename(target)
+            failpoint("image-named")
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
@@ -187,7 +196,74 @@ def _storage_error(error: OSError, target: Path) -> QmpdError:
     return HostError(f"{target}: {error.strerror or error}")
 
 
+def mark_unfinished(directory: str) -> None:
+    """Makes a machine's own directory, marked: what is in there that no stored definition names is nobody's. Blocks.
+
+    The mark is there before the files of a machine that is created or changed, and before the definition of one that is deleted goes; so
+    what a daemon leaves that is killed in between can be told from the disks of a machine whose definition was lost.
+
+    Raises:
+        NoSpace, HostError: it cannot be made.
+    """
+    mark = Path(directory) / UNFINISHED
+    try:
+        failpoint("creation-mark")
+        mark.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mark.touch(mode=0o600)
+    except OSError as error:
+        raise _storage_error(error, mark) from error
+
+
+def mark_finished(directory: str) -> None:
+    """Removes the mark: the definition is stored. Blocks."""
+    try:
+        failpoint("creation-unmark")
+        (Path(directory) / UNFINISHED).unlink(missing_ok=True)
+    except OSError as error:
+        # The next daemon finds a definition beside it, and removes it then.
+        _log.warning("the mark of an unfinished machine was not removed", extra={"directory": directory, "error": str(error)})
+
+
+def clear_unfinished(directory: str) -> None:
+    """Removes the directory if it is still marked. Blocks. Raises HostError."""
+    if (Path(directory) / UNFINISHED).exists():
+        clear_place(directory)
+
+
+def unfinished(machines: str) -> list[str]:
+    """The directories below `machines` that are marked. Blocks."""
+    try:
+        return sorted(str(own) for own in Path(machines).iterdir() if (own / UNFINISHED).exists())
+    except FileNotFoundError:
+        return []
+
+
+def settle(directory: str, images: Collection[str]) -> None:
+    """Clears up after a change that was not finished: of the images only these stay, and the mark goes. Blocks."""
+    for path in (*Path(directory).glob("disk[0-9]*"), *Path(directory).glob(".*.new")):
+        if str(path) not in images:
+            path.unlink(missing_ok=True)
+    mark_finished(directory)
+
+
 def remove_machine_files(directory: str) -> None:
-    """Removes a machine's own directory and all in it. Blocks."""
-    if Path(directory).is_dir():
-        shutil.rmtree(directory)
+    """Removes a machine's own directory and all in it, the mark last. Blocks."""
+    own = Path(directory)
+    if not own.is_dir():
+        return
+    failpoint("files-remove")
+    for entry in own.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != UNFINISHED:
+            entry.unlink()
+    shutil.rmtree(own)
+    failpoint("files-removed")
+
+
+def clear_place(directory: str) -> None:
+    """Removes what an unfinished creation left, for a new machine of the name. Blocks. Raises HostError."""
+    try:
+        remove_machine_files(directory)
+    except OSError as error:
+        raise _storage_error(error, Path(directory)) from error

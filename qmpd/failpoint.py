@@ -1,0 +1,172 @@
+"""Places where a test can make the daemon die, fail or hang: one at every durable write and every effect outside the process.
+
+`QMPD_FAILPOINT=NAME:WHAT[@N][,NAME:WHAT...]` in the environment of `qmpd serve` arms them; nothing else does, the API least of all. WHAT is
+
+* `kill`: the daemon kills itself with SIGKILL, before it goes on,
+* `error`: the error that this place can meet in life is raised; `CATALOGUE` says which,
+* `hang`: the thread waits for ever, or the task does where the place is on the event loop.
+
+With `@N` that happens at the N-th pass alone, without it at every pass. A daemon that was not armed pays one look at an empty dict.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import signal
+import sqlite3
+import threading
+from collections.abc import Callable, Mapping
+from typing import Final, Literal, get_args
+
+import msgspec
+
+from qmpd.errors import MonitorUnavailable, NoSpace, QemuDied
+
+VARIABLE: Final = "QMPD_FAILPOINT"
+
+What = Literal["kill", "error", "hang"]
+
+_log = logging.getLogger(__name__)
+
+
+class Failpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A place by what lies behind it, and the error it can meet there: None where there is none to meet."""
+
+    before: str
+    error: Callable[[], Exception] | None = None
+
+
+def _refused(number: int) -> Callable[[], Exception]:
+    return lambda: OSError(number, os.strerror(number))
+
+
+def _sqlite(code: int) -> Callable[[], Exception]:
+    def error() -> Exception:
+        made = sqlite3.OperationalError("the failpoint's error")
+        made.sqlite_errorcode = code
+        return made
+
+    return error
+
+
+_FULL: Final = _refused(errno.ENOSPC)
+_IO: Final = _refused(errno.EIO)
+
+#: Every failpoint. The names are part of no promise: they follow the code.
+CATALOGUE: Final[Mapping[str, Failpoint]] = {
+    # The database.
+    "database-migrate": Failpoint(before="the commit of a schema version", error=_sqlite(sqlite3.SQLITE_FULL)),
+    "database-named": Failpoint(before="a new database getting its name", error=_FULL),
+    "database-commit": Failpoint(before="the commit of a transaction", error=_sqlite(sqlite3.SQLITE_FULL)),
+    "database-committed": Failpoint(before="telling that a transaction is committed", error=_sqlite(sqlite3.SQLITE_IOERR)),
+    "event-write": Failpoint(before="an event being written", error=_sqlite(sqlite3.SQLITE_FULL)),
+    "job-create": Failpoint(before="a new job being written", error=_sqlite(sqlite3.SQLITE_FULL)),
+    "job-change": Failpoint(before="a job's progress or ending being written", error=_sqlite(sqlite3.SQLITE_FULL)),
+    "answer-keep": Failpoint(before="an answer being kept under its Idempotency-Key", error=_sqlite(sqlite3.SQLITE_FULL)),
+    # Definitions and the files that follow them.
+    "definition-commit": Failpoint(
+        before="a definition being stored, replaced or deleted", error=lambda: NoSpace(os.strerror(errno.ENOSPC))
+    ),
+    "definition-committed": Failpoint(before="the memory following what was stored"),
+    "creation-mark": Failpoint(before="a new machine's directory being made, marked as unfinished", error=_FULL),
+    "creation-unmark": Failpoint(before="that mark being removed", error=_IO),
+    "image-make": Failpoint(before="an image or a copy being made", error=_FULL),
+    "image-made": Failpoint(before="it getting its name", error=_FULL),
+    "image-named": Failpoint(before="the next step after it got its name", error=_IO),
+    "files-remove": Failpoint(before="a machine's directory being removed", error=_IO),
+    "files-removed": Failpoint(before="the next step after a machine's directory was removed"),
+    # From a plan to a process.
+    "run-directory": Failpoint(before="the directories of a machine that starts being made", error=_FULL),
+    "log-piece": Failpoint(before="the piece of a console's log being made", error=_FULL),
+    "fifo-make": Failpoint(before="the FIFO of a console being made", error=_FULL),
+    "socket-bind": Failpoint(before="a listening socket being bound", error=_FULL),
+    "gate-spawn": Failpoint(before="the gate process being made", error=_refused(errno.EAGAIN)),
+    "record-write": Failpoint(before="the launch record being written", error=_FULL),
+    "record-written": Failpoint(before="the launch record getting its name", error=_FULL),
+    "record-named": Failpoint(before="the next step after the launch record got its name"),
+    "gate-go": Failpoint(before="the gate being told to become QEMU", error=_refused(errno.EPIPE)),
+    "gate-gone": Failpoint(before="connecting to the QEMU that the gate became"),
+    "guest-cont": Failpoint(before="the guest being set going", error=lambda: QemuDied("the monitor ended")),
+    "guest-going": Failpoint(before="telling that the guest was set going"),
+    "begun-mark": Failpoint(before="the note that the guest was set going", error=_FULL),
+    # A machine's end.
+    "quit-send": Failpoint(before="QEMU being asked to quit", error=lambda: MonitorUnavailable("there is no monitor")),
+    "signal-send": Failpoint(before="SIGTERM or SIGKILL being sent", error=_refused(errno.EPERM)),
+    "exit-keep": Failpoint(before="how a machine ended being written", error=_FULL),
+    "exit-kept": Failpoint(before="that file getting its name", error=_FULL),
+    "record-remove": Failpoint(before="the launch record being removed", error=_refused(errno.EROFS)),
+    # What can be found out again.
+    "cache-write": Failpoint(before="a file of the cache getting its name", error=_FULL),
+}
+
+
+class _Charge:
+    """What happens at one failpoint, and when."""
+
+    def __init__(self, what: What, at: int | None) -> None:
+        self.what = what
+        self._at = at
+        self._passes = 0
+        self._counting = threading.Lock()
+
+    def due(self) -> bool:
+        with self._counting:
+            self._passes += 1
+            return self._at in (None, self._passes)
+
+
+_armed: Final[dict[str, _Charge]] = {}
+
+
+def arm(text: str) -> None:
+    """Arms the failpoints that `text` names, and no others; the empty text disarms.
+
+    Raises:
+        ValueError: it names one that does not exist, or cannot be read; none is armed then.
+    """
+    charges = dict(_charge(item.strip()) for item in text.split(",")) if text.strip() else {}
+    _armed.clear()
+    _armed.update(charges)
+
+
+def failpoint(name: str) -> None:
+    """The failpoint `name`, for code that may block: with `hang` the thread never comes back."""
+    if _armed and _due(name) == "hang":
+        threading.Event().wait()
+
+
+async def passing(name: str) -> None:
+    """The failpoint `name` on the event loop: with `hang` the task waits until it is cancelled."""
+    if _armed and _due(name) == "hang":
+        await asyncio.Event().wait()
+
+
+def _charge(item: str) -> tuple[str, _Charge]:
+    name, _, rest = item.partition(":")
+    what, _, at = rest.partition("@")
+    if name not in CATALOGUE:
+        raise ValueError(f"{VARIABLE}: there is no failpoint {name!r}; there are {', '.join(CATALOGUE)}")
+    if what == "error" and CATALOGUE[name].error is None:
+        raise ValueError(f"{VARIABLE}: no error can happen at {name}, only kill and hang")
+    if not at.isdecimal() and "@" in rest:
+        raise ValueError(f"{VARIABLE}: {item!r} must end with the number of a pass, like {name}:kill@2")
+    for known in get_args(What):
+        if what == known:
+            return name, _Charge(known, int(at) if at else None)
+    raise ValueError(f"{VARIABLE}: {item!r} must be NAME:kill, NAME:error or NAME:hang")
+
+
+def _due(name: str) -> What | None:
+    charge = _armed.get(name)
+    if charge is None or not charge.due():
+        return None
+    _log.warning("failpoint passed", extra={"failpoint": name, "what": charge.what})
+    if charge.what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    error = CATALOGUE[name].error
+    if charge.what == "error" and error is not None:
+        raise error()
+    return charge.what
