@@ -1,0 +1,123 @@
+"""Asking a QEMU that somebody else started what it is: everything QMP can tell that a definition could say."""
+
+from __future__ import annotations
+
+from typing import Final, TypeVar
+
+import msgspec
+
+from qmpd.errors import QemuDied, QemuRefused
+from qmpd.findings import Answer, Chardev, Device, Drive, Findings
+from qmpd.monitor import Monitor
+
+T = TypeVar("T")
+
+#: Where QEMU keeps what was given with -device: by id, and without one.
+CONTAINERS: Final = ("/machine/peripheral", "/machine/peripheral-anon")
+#: Properties of the machine that say what it boots.
+BOOT: Final = ("kernel", "initrd", "append", "dtb")
+_BACKEND: Final = "/virtio-backend"
+
+
+class _Name(Answer, frozen=True, kw_only=True):
+    name: str | None = None
+
+
+class _Uuid(Answer, frozen=True, kw_only=True):
+    uuid: str = msgspec.field(name="UUID")
+
+
+class _Kvm(Answer, frozen=True, kw_only=True):
+    enabled: bool
+
+
+class _Target(Answer, frozen=True, kw_only=True):
+    arch: str
+
+
+class _Memory(Answer, frozen=True, kw_only=True):
+    base_memory: int
+    plugged_memory: int = 0
+
+
+class _Cpu(Answer, frozen=True, kw_only=True):
+    qom_path: str
+
+
+class _Type(Answer, frozen=True, kw_only=True):
+    name: str
+    alias: str | None = None
+
+
+class _Child(Answer, frozen=True, kw_only=True):
+    name: str
+    type: str
+
+
+async def asked(monitor: Monitor) -> Findings:
+    """Everything that can be known over this monitor. Only reads.
+
+    Raises:
+        QemuDied: QEMU ended meanwhile, or its answers are not those of a QEMU.
+        QemuSilent: it does not answer.
+        QemuRefused: it does not know a question that every QEMU since 6.0 knows.
+    """
+    memory = await _ask(monitor, "query-memory-size-summary", _Memory)
+    cpus = await _ask(monitor, "query-cpus-fast", tuple[_Cpu, ...])
+    types = await _ask(monitor, "query-machines", tuple[_Type, ...])
+    machine = await _property(monitor, "/machine", "type") or ""
+    boot = {name: await _property(monitor, "/machine", name) for name in BOOT}
+    return Findings(
+        version=monitor.version,
+        target=(await _ask(monitor, "query-target", _Target)).arch,
+        name=(await _ask(monitor, "query-name", _Name)).name,
+        uuid=(await _ask(monitor, "query-uuid", _Uuid)).uuid,
+        kvm=(await _ask(monitor, "query-kvm", _Kvm)).enabled,
+        machine=machine.removesuffix("-machine"),
+        relatives={one.name: one.alias for one in types},
+        memory_bytes=memory.base_memory + memory.plugged_memory,
+        cpus=len(cpus),
+        cpu_type=await _property(monitor, cpus[0].qom_path, "type") if cpus else None,
+        boot={name: value for name, value in boot.items() if value},
+        drives=await _drives(monitor),
+        devices=await _devices(monitor),
+        chardevs=await _ask(monitor, "query-chardev", tuple[Chardev, ...]),
+    )
+
+
+async def _drives(monitor: Monitor) -> tuple[Drive, ...]:
+    drives = await _ask(monitor, "query-block", tuple[Drive, ...])
+    return tuple([msgspec.structs.replace(drive, driver=await _driver(monitor, drive.qdev)) for drive in drives])
+
+
+async def _driver(monitor: Monitor, path: str | None) -> str | None:
+    """A virtio disk is split into the device on its bus and the disk in it; the first is what a definition names."""
+    return None if path is None else await _property(monitor, path.removesuffix(_BACKEND), "type")
+
+
+async def _devices(monitor: Monitor) -> tuple[Device, ...]:
+    devices = []
+    for container in CONTAINERS:
+        for child in await _ask(monitor, "qom-list", tuple[_Child, ...], {"path": container}):
+            if child.type.startswith("child<"):
+                path = f"{container}/{child.name}"
+                mac = await _property(monitor, path, "mac")
+                netdev = await _property(monitor, path, "netdev") if mac else None
+                devices.append(Device(path=path, driver=child.type[6:-1], mac=mac, netdev=netdev))
+    return tuple(devices)
+
+
+async def _property(monitor: Monitor, path: str, name: str) -> str | None:
+    try:
+        value = await monitor.execute("qom-get", {"path": path, "property": name})
+    except QemuRefused:
+        return None  # this machine has no such property
+    return value if isinstance(value, str) else None
+
+
+async def _ask(monitor: Monitor, command: str, kind: type[T], arguments: dict[str, object] | None = None) -> T:
+    answer = await monitor.execute(command, arguments)
+    try:
+        return msgspec.convert(answer, kind)
+    except msgspec.ValidationError as error:
+        raise QemuDied(f"the answer to {command} is not one of a QEMU: {error}") from error

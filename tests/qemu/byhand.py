@@ -1,0 +1,67 @@
+"""QEMUs that a test starts by hand, as somebody would who has never heard of qmpd."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.guests.build import Guest
+
+EMULATOR: Final = "qemu-system-x86_64"
+#: SO_ACCEPTCON among the flags in /proc/net/unix.
+LISTENS: Final = " 00010000 "
+#: Generous: the hosts that run this are shared and slow, and only a hang may fail.
+PATIENCE_S: Final = 120.0
+
+
+def emulator() -> str:
+    """The emulator's path; the test is skipped where it is not installed."""
+    found = shutil.which(EMULATOR)
+    if found is None:
+        pytest.skip(f"{EMULATOR} is not installed")
+    return found
+
+
+@contextmanager
+def started(directory: Path, guest: Guest, *further: str, argv: Sequence[str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A QEMU that runs a guest of ours; ended with the block."""
+    plain = [
+        "-nodefaults", "-machine", "q35", "-accel", "tcg", "-m", "64", "-display", "none", "-serial", f"file:{directory}/serial.txt",
+        "-drive", f"file={guest.file},format=raw,if=none,id=d0,read-only=on", "-device", "ide-cd,drive=d0",
+    ]  # fmt: skip
+    process = subprocess.Popen([emulator(), *(plain if argv is None else argv), *further], cwd=directory)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def listening(path: Path) -> None:
+    """Returns when somebody listens at a socket, without becoming a client of it."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not any(line.endswith(f" {path}\n") and LISTENS in line for line in _unix_sockets()):
+            await asyncio.sleep(0.02)
+
+
+def _unix_sockets() -> list[str]:
+    with Path("/proc/net/unix").open() as table:
+        return table.readlines()
+
+
+@contextmanager
+def client(path: Path) -> Iterator[socket.socket]:
+    """Another client of a monitor, that has been greeted."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(PATIENCE_S)
+        connection.connect(str(path))
+        assert connection.recv(4096).startswith(b'{"QMP"')
+        yield connection
