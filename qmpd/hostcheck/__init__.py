@@ -11,18 +11,27 @@ import os
 from collections.abc import Sequence
 
 from qmpd.accelerator import NATIVE, Accelerators
+from qmpd.errors import HostError
 from qmpd.facts import EmulatorFacts
-from qmpd.hostcheck import firmware, kernel, processor, resources, software
+from qmpd.hostcheck import firmware, kernel, limits, processor, resources, software
+from qmpd.hostcheck.limits import Caller, caller
 from qmpd.hostcheck.remedies import family
 from qmpd.hostcheck.tree import HostTree
 from qmpd.probe import Emulators
+from qmpd.systemd import systemd
 from qmpd.views import CheckLine, CheckReport
 
 __all__ = ["check"]
 
 
 async def check(
-    emulators: Emulators, accelerators: Accelerators, *, state_dir: str | None = None, tree: HostTree | None = None, host: str | None = None
+    emulators: Emulators,
+    accelerators: Accelerators,
+    *,
+    state_dir: str | None = None,
+    machines_cgroup: str | None = None,
+    tree: HostTree | None = None,
+    host: str | None = None,
 ) -> CheckReport:
     """Look at everything. Takes seconds the first time (emulators are asked, KVM is measured), afterwards some 0.1 s. Never fails."""
     tree = HostTree() if tree is None else tree
@@ -36,12 +45,26 @@ async def check(
         *await asyncio.to_thread(processor.lines, tree, host),
         *await _kernel_lines(tree, host, working, accelerators),
         *await asyncio.to_thread(resources.lines, tree, state_dir),
+        *await _limit_lines(tree, caller(os.geteuid(), machines_cgroup, os.environ)),
         *software.emulator_lines(found, host, distribution),
         await software.image_line(distribution),
         *await asyncio.to_thread(firmware.uefi_lines, tree, targets, distribution),
         *await asyncio.to_thread(firmware.built_in_lines, targets, places, distribution),
     ]
     return CheckReport(ok=all(line.verdict != "fail" for line in lines), lines=tuple(lines))
+
+
+async def _limit_lines(tree: HostTree, who: Caller) -> list[CheckLine]:
+    """How machines can be held to limits; systemd is asked whether it answers."""
+    found = await asyncio.to_thread(limits.found, tree, who)
+    answer = None
+    if found.way == "scope":
+        try:
+            async with systemd(found.place) as connection:
+                answer = await connection.version()
+        except HostError:
+            answer = None
+    return [await asyncio.to_thread(limits.version_line, tree), limits.way_line(found, answer)]
 
 
 async def _kernel_lines(tree: HostTree, host: str, working: Sequence[EmulatorFacts], accelerators: Accelerators) -> list[CheckLine]:

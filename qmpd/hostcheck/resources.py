@@ -1,4 +1,4 @@
-"""What machines live on: cgroups, huge pages, limits of the process, and the file system of the state directory."""
+"""What machines live on: memory, huge pages, limits of the process, and the file system of the state directory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from qmpd.views import CheckLine
 RESOURCES: Final = Topic("Resources")
 STORAGE: Final = Topic("State directory")
 
-#: The controllers that can hold a machine within bounds.
-CONTROLLERS: Final = ("cpu", "io", "memory", "pids")
 #: A daemon holds about ten descriptors per machine, and QEMU itself opens some dozens: enough for some hundred machines.
 ENOUGH_FILES: Final = 4096
 #: QEMU has a thread per processor and some per disk: enough for some hundred machines.
@@ -35,24 +33,6 @@ UNLIMITED: Final = "unlimited"
 def own_cgroup(proc_self_cgroup: str) -> str | None:
     """The path of this process in the unified hierarchy."""
     return next((line.removeprefix("0::") for line in proc_self_cgroup.splitlines() if line.startswith("0::")), None)
-
-
-def cgroup_line(tree: HostTree) -> CheckLine:
-    """Whether each machine could be given a share of the host."""
-    subject = "cgroups"
-    meaning = "Machines cannot be held to a share of the host's processors, memory and disks."
-    if not tree.exists("/sys/fs/cgroup/cgroup.controllers"):
-        return RESOURCES.warned(subject, "version 2 is not in use", meaning, "boot the kernel with systemd.unified_cgroup_hierarchy=1")
-    own = own_cgroup(tree.text("/proc/self/cgroup")) or "/"
-    directory = f"/sys/fs/cgroup{own.rstrip('/')}"
-    offered = tree.text(f"{directory}/cgroup.controllers").split()
-    missing = [name for name in CONTROLLERS if name not in offered]
-    delegate = "set Delegate=yes in the service; by hand: systemd-run --user --scope -p Delegate=yes qmpd"
-    if missing:
-        return RESOURCES.warned(subject, f"version 2, without {', '.join(missing)} in {own}", meaning, delegate)
-    if not tree.permits(f"{directory}/cgroup.procs"):
-        return RESOURCES.warned(subject, f"version 2, but {own} is not delegated to this user", meaning, delegate)
-    return RESOURCES.passed(subject, f"version 2, with {', '.join(CONTROLLERS)}")
 
 
 def memory_line(tree: HostTree) -> CheckLine:
@@ -112,24 +92,36 @@ class Volume(msgspec.Struct, frozen=True):
 
     directory: str
     kind: str
+    device: int
     free_bytes: int
     total_bytes: int
     free_inodes: int | None
     writable: bool
 
 
-def file_system(mountinfo: str, directory: str) -> str:
-    """The type of the file system a directory is on, by the longest mount point above it (proc(5), mountinfo)."""
-    best, kind = "", "unknown"
+def mounts(mountinfo: str) -> list[tuple[str, str]]:
+    """Every mount point with the type of its file system (proc(5), mountinfo)."""
+    found = []
     for line in mountinfo.splitlines():
         before, separator, after = line.partition(" - ")
         fields = before.split()
-        if not separator or len(fields) < 5:
-            continue
-        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])
-        inside = directory == point or directory.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):
-            best, kind = point, after.split()[0]
+        if separator and len(fields) >= 5:
+            point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])
+            found.append((point, after.split()[0]))
+    return found
+
+
+def is_below(path: str, point: str) -> bool:
+    """Whether a path is a mount point or below it, by their names."""
+    return path == point or path.startswith(point.rstrip("/") + "/")
+
+
+def file_system(mountinfo: str, directory: str) -> str:
+    """The type of the file system a directory is on, by the longest mount point above it; of two in one place, the later one's."""
+    best, kind = "", "unknown"
+    for point, of_this in mounts(mountinfo):
+        if is_below(directory, point) and len(point) >= len(best):
+            best, kind = point, of_this
     return kind
 
 
@@ -142,6 +134,7 @@ def volume(tree: HostTree, directory: str) -> Volume:
     return Volume(
         directory=directory,
         kind=file_system(tree.text("/proc/self/mountinfo"), str(place)),
+        device=place.stat().st_dev,
         free_bytes=status.f_bavail * status.f_frsize,
         total_bytes=status.f_blocks * status.f_frsize,
         free_inodes=status.f_favail if status.f_files else None,
@@ -193,5 +186,5 @@ def _access_lines(found: Volume) -> list[CheckLine]:
 
 def lines(tree: HostTree, state_dir: str | None) -> list[CheckLine]:
     """Everything about resources. Blocks."""
-    found = [memory_line(tree), hugepages_line(tree), cgroup_line(tree), *limit_lines(tree)]
+    found = [memory_line(tree), hugepages_line(tree), *limit_lines(tree)]
     return found if state_dir is None else [*found, *volume_lines(volume(tree, state_dir))]

@@ -41,6 +41,8 @@ SAID = r"PRO(?:VEN|OF) ([^\r\n]*)\r?\n"
 STEPS = (
     "units are active",
     "a machine runs, held by unit and sandbox",
+    "a machine is held to its limits until it ends",
+    "a daemon of root makes a scope that outlives it",
     "the group may use the API and others may not",
     "the machine outlives a restart",
     "the machine outlives kill -9",
@@ -111,7 +113,17 @@ def install(tree: Path, wheel_directory: Path) -> None:
     for unit in [*UNITS.glob("*.service"), *UNITS.glob("*.socket"), *UNITS.glob("*.slice"), PROOF / "proof.service"]:
         shutil.copy(unit, tree / "etc/systemd/system")
     run("chroot", tree, "systemd-sysusers")
-    run("chroot", tree, "systemctl", "enable", "qmpd.socket", "qmpd.service", "qmpd-guests-shutdown.service", "proof.service")
+    run(
+        "chroot",
+        tree,
+        "systemctl",
+        "enable",
+        "qmpd.socket",
+        "qmpd.service",
+        "qmpd-guests-shutdown.service",
+        "qmpd-machines.service",
+        "proof.service",
+    )
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ tell() {
     status=$?
     [ "$status" -eq 0 ] && return
     set +e
-    systemctl --no-pager status qmpd.service qmpd.socket
-    journalctl --no-pager -n 40 -u qmpd.service
+    systemctl --no-pager status qmpd.service qmpd.socket qmpd-machines.service rootd.service
+    journalctl --no-pager -n 60 -u qmpd.service -u qmpd-machines.service -u rootd.service
     echo "PROOF FAILED with status $status"
 }
 trap tell EXIT
@@ -18,6 +18,18 @@ daemon() { systemctl show --property MainPID --value qmpd.service; }
 state() { qmpctl list | awk '$1 == "lab" { print $2 }'; }
 is() { [ "$1" = "$2" ] || { echo "is '$1', not '$2'"; return 1; }; }
 
+place() { qmpctl --json show "$1" | sed -n 's/.*"cgroup": *"\([^"]*\)".*/\1/p'; }
+
+# What the definition `held` and its copy for root ask for, as the kernel has it, for all of QEMU and nothing else.
+held_in() {
+    [ -n "$1" ]
+    is "$(cat "$1/memory.max")" 419430400
+    is "$(cat "$1/cpu.max")" "50000 100000"
+    is "$(cat "$1/io.weight")" "default 50"
+    is "$(cat "$1/pids.max")" 256
+    is "$(cat "$1/cgroup.procs")" "$2"
+}
+
 # The machine is the same process, in the daemon's hands, and answers over QMP.
 same() {
     is "$(state)" running
@@ -26,8 +38,14 @@ same() {
     proven "$1"
 }
 
+# A second daemon, which belongs to root and is in nobody's unit file. systemd ends what is left in its cgroup with it.
+root_daemon() {
+    systemctl reset-failed rootd.service 2>/dev/null || true
+    systemd-run --quiet --unit rootd --service-type=notify qmpd serve --config /proof/rootd.toml
+}
+
 first_boot() {
-    systemctl is-active qmpd.service qmpd.socket qmpd-guests-shutdown.service
+    systemctl is-active qmpd.service qmpd.socket qmpd-guests-shutdown.service qmpd-machines.service
     is "$(ps -o user= -p "$(daemon)")" qmpd
     proven "units are active"
 
@@ -38,6 +56,37 @@ first_boot() {
     is "$(awk '$1 == "NoNewPrivs:" { print $2 }' "/proc/$machine/status")" 1
     is "$(awk '$1 == "CapBnd:" { print $2 }' "/proc/$machine/status")" 0000000000000000
     proven "a machine runs, held by unit and sandbox"
+
+    qmpctl create --start /proof/held.toml
+    held=$(pgrep -f '^/usr/bin/qemu-system-riscv64 .*-name .*held')
+    is "$(place held)" /sys/fs/cgroup/qmpd.slice/qmpd-machines.service/held
+    held_in "$(place held)" "$held"
+    is "$(ps -o user= -p "$held")" qmpd
+    systemctl restart qmpd.service
+    qmpctl wait held --state running --timeout 600
+    is "$(place held)" /sys/fs/cgroup/qmpd.slice/qmpd-machines.service/held
+    held_in "$(place held)" "$held"
+    qmpctl stop held
+    [ ! -e /sys/fs/cgroup/qmpd.slice/qmpd-machines.service/held ]
+    proven "a machine is held to its limits until it ends"
+
+    root_daemon
+    qmpctl --socket /run/rootd/qmpd.sock create --start /proof/held.toml
+    scoped=$(pgrep -f '^/usr/bin/qemu-system-riscv64 .*-name .*held')
+    held_in /sys/fs/cgroup/qmpd.slice/qmpd-held.scope "$scoped"
+    systemctl show --property Before --value qmpd-held.scope | grep -q qmpd-guests-shutdown.service
+    systemctl kill --kill-who=main --signal=KILL rootd.service
+    while systemctl is-active rootd.service; do sleep 1; done
+    root_daemon
+    qmpctl --socket /run/rootd/qmpd.sock wait held --state running --timeout 600
+    is "$(QMPD_SOCKET=/run/rootd/qmpd.sock place held)" /sys/fs/cgroup/qmpd.slice/qmpd-held.scope
+    held_in /sys/fs/cgroup/qmpd.slice/qmpd-held.scope "$scoped"
+    qmpctl --socket /run/rootd/qmpd.sock stop held
+    qmpctl --socket /run/rootd/qmpd.sock start held
+    qmpctl --socket /run/rootd/qmpd.sock stop held
+    systemctl stop rootd.service
+    while [ -e /sys/fs/cgroup/qmpd.slice/qmpd-held.scope ]; do sleep 1; done
+    proven "a daemon of root makes a scope that outlives it"
 
     QMPD_SOCKET=/run/qmpd/qmpd.sock setpriv --reuid nobody --regid qmpd --clear-groups qmpctl list | grep -q lab
     if QMPD_SOCKET=/run/qmpd/qmpd.sock setpriv --reuid nobody --regid nogroup --clear-groups qmpctl list 2>/dev/null; then false; fi
