@@ -1,14 +1,23 @@
-"""Logs as events with fields, one line each, on standard error: what a journal or a terminal can take."""
+"""Logs as events with fields: to systemd's journal, to a terminal, or as JSON for whatever collects them."""
 
 from __future__ import annotations
 
 import logging
+import os
+import sys
+from collections import deque
+from collections.abc import Mapping
 from typing import Final
 
-#: Attributes every record has; all others came with the event.
-_STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-#: A field is at most this long in a line; guests and clients choose some of them.
-_FIELD_LIMIT: Final = 512
+import msgspec
+
+from qmpd import journald
+from qmpd.journal import timestamp, utc_now
+from qmpd.logevents import FIELD_LIMIT, fields_of, message_of, traceback_of
+from qmpd.settings import LogFormat
+
+#: The newest lines are kept for the support bundle: the last minutes of a daemon in trouble, the last days of one without.
+KEPT_LINES: Final = 1000
 
 
 class EventFormatter(logging.Formatter):
@@ -16,23 +25,64 @@ class EventFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line for one event; a traceback follows on lines of its own."""
-        fields = {name: value for name, value in vars(record).items() if name not in _STANDARD}
-        line = " ".join(
-            [record.levelname, record.name, record.getMessage(), *(f"{name}={_shown(value)}" for name, value in fields.items())]
-        )
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        line = f"{record.levelname} {record.name} {message_of(record)}"
+        trace = traceback_of(record)
+        return f"{line}\n{trace}" if trace else line
 
 
-def _shown(value: object) -> str:
-    text = str(value)
-    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:_FIELD_LIMIT])
-    return f'"{shown}"' if " " in shown or not shown else shown
+class JsonFormatter(logging.Formatter):
+    """One JSON object on one line: time, level, logger, event, the event's own fields under `fields`, and the traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line for one event."""
+        document: dict[str, object] = {
+            "at": timestamp(utc_now()),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": _encodable(record.getMessage()),
+            "fields": {name: _plain(value) for name, value in fields_of(record).items()},
+        }
+        trace = traceback_of(record)
+        if trace:
+            document["traceback"] = _encodable(trace)
+        return msgspec.json.encode(document).decode()
 
 
-def configure(*, verbose: bool) -> None:
-    """Sends logs to standard error: warnings and what an operator wants, or with `verbose` everything."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(EventFormatter())
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
+class Recent(logging.Handler):
+    """Keeps the newest lines in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(EventFormatter())
+        self.lines: deque[str] = deque(maxlen=KEPT_LINES)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one event."""
+        self.lines.append(f"{timestamp(utc_now())} {self.format(record)}")
+
+
+def _plain(value: object) -> object:
+    return value if value is None or isinstance(value, bool | int | float) else _encodable(str(value)[:FIELD_LIMIT])
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def recent_lines() -> list[str]:
+    """The newest lines that were logged, oldest first; none where `configure` was not called."""
+    return [line for handler in logging.getLogger().handlers if isinstance(handler, Recent) for line in handler.lines]
+
+
+def configure(log_format: LogFormat = "auto", *, verbose: bool, environ: Mapping[str, str] = os.environ) -> None:
+    """Sends logs where `log_format` says: warnings and what an operator wants, or with `verbose` everything.
+
+    `auto` is the journal where standard error leads there, else text on standard error.
+    """
+    handler: logging.Handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if log_format == "json" else EventFormatter())
+    if log_format == "auto" and journald.connected(environ, sys.stderr.fileno()):
+        handler = journald.JournalHandler(handler, journald.SOCKET)
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler, Recent()], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     logging.getLogger("aiohttp").setLevel(logging.WARNING)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qmpd.logs import EventFormatter
+from qmpd.logs import EventFormatter, JsonFormatter
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,3 +69,39 @@ def test_logs_go_to_standard_error_in_the_detail_that_was_asked_for(verbose: boo
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == ""
     assert done.stderr.splitlines() == [*(f"{level} qmpd event n=1" for level in levels), "WARNING asyncio chatter"]
+
+
+def json_line(message: str, **fields: object) -> dict[str, Any]:
+    record = logging.LogRecord("qmpd.test", logging.WARNING, "file.py", 1, message, (), None)
+    vars(record).update(fields)
+    text = JsonFormatter().format(record)
+    assert "\n" not in text
+    document: dict[str, Any] = json.loads(text)
+    return document
+
+
+def test_as_json_an_event_is_one_object_on_one_line() -> None:
+    document = json_line("machine ended", machine="one\n", status=0, path=Path("/a"), odd="\ud800", none=None)
+    assert document.pop("at").endswith("Z")
+    fields = {"machine": "one\n", "status": 0, "path": "/a", "odd": "\\ud800", "none": None}
+    assert document == {"level": "warning", "logger": "qmpd.test", "event": "machine ended", "fields": fields}
+
+
+def test_as_json_a_traceback_is_a_value() -> None:
+    assert json_line("failed", exc_info=(ValueError, ValueError("of this"), None))["traceback"] == "ValueError: of this"
+
+
+def test_the_newest_lines_are_kept() -> None:
+    code = (
+        "import logging\n"
+        "from qmpd.logs import KEPT_LINES, configure, recent_lines\n"
+        "assert recent_lines() == []\n"
+        "configure('json', verbose=False)\n"
+        "for number in range(KEPT_LINES + 1):\n"
+        "    logging.getLogger('qmpd').info('event', extra={'n': number})\n"
+        "lines = recent_lines()\n"
+        "print(len(lines) == KEPT_LINES, lines[0].endswith('Z INFO qmpd event n=1'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "True True\n"
+    assert json.loads(done.stderr.splitlines()[0])["fields"] == {"n": 0}
