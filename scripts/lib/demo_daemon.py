@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,8 @@ from qmpd_api.client import Client
 #: The daemon lets go of its machines in well under a second; after this it is killed, and its machines are named.
 STOP_LIMIT_S: Final = 20.0
 LOG: Final = "qmpd.log"
+SOCKET: Final = "qmpd.sock"
+CONFIGURATION: Final = "qmpd.toml"
 LOG_TAIL_BYTES: Final = 4096
 #: Puts a listening socket where a daemon looks for one that was passed to it (sd_listen_fds(3)), then becomes the daemon.
 HAND_OVER: Final = """
@@ -44,17 +46,26 @@ class Daemon:
     client: Client
     kept: bool = False
 
+    async def replace(self) -> None:
+        """SIGKILL, and another daemon in its place: it has been spawned when this returns. Connections of `client` are lost."""
+        self.process.kill()
+        await asyncio.to_thread(self.process.wait)
+        path = self.directory / SOCKET
+        path.unlink()
+        self.process = _started(self.directory, path)
+
 
 @asynccontextmanager
-async def running(cache: Path) -> AsyncIterator[Daemon]:
-    """A daemon that answers; it ends, and its directory goes, when the block is left, unless it is to be kept.
+async def running(cache: Path, settings: Mapping[str, bool | str | Sequence[str]] | None = None) -> AsyncIterator[Daemon]:
+    """A daemon that answers, with `settings` of its own; it ends, and its directory goes, when the block is left, unless it is kept.
 
     Raises:
         DaemonFailed: it ended before it answered, or did not answer in time.
     """
     directory = Path(tempfile.mkdtemp(prefix="qmpd-demo-"))
-    path = directory / "qmpd.sock"
-    daemon = Daemon(directory=directory, process=_started(directory, path, cache), client=Client(str(path)))
+    path = directory / SOCKET
+    _configure(directory, cache, settings or {})
+    daemon = Daemon(directory=directory, process=_started(directory, path), client=Client(str(path)))
     try:
         async with daemon.client as client:
             await _answering(daemon, client)
@@ -72,18 +83,28 @@ async def _answering(daemon: Daemon, client: Client) -> None:
         raise DaemonFailed(f"the daemon did not start: {error.message}\n{_log_tail(daemon.directory)}") from error
 
 
-def _started(directory: Path, path: Path, cache: Path) -> subprocess.Popen[bytes]:
+def _configure(directory: Path, cache: Path, settings: Mapping[str, bool | str | Sequence[str]]) -> None:
+    places = {
+        "socket": directory / SOCKET,
+        "state_dir": directory / "state",
+        "run_dir": directory / "run",
+        "cache_dir": cache,
+        "pki_dir": directory / "pki",
+    }
+    values = {**{key: str(path) for key, path in places.items()}, **settings}
+    lines = [f"{key} = {json.dumps(value)}\n" for key, value in values.items()]
+    (directory / CONFIGURATION).write_text("".join(lines), encoding="utf-8")
+
+
+def _started(directory: Path, path: Path) -> subprocess.Popen[bytes]:
     """The socket is bound before the daemon starts, so that the first request waits for the daemon, and nobody for the socket."""
-    configuration = directory / "qmpd.toml"
-    places = {"socket": path, "state_dir": directory / "state", "run_dir": directory / "run", "cache_dir": cache}
-    configuration.write_text("".join(f"{key} = {json.dumps(str(value))}\n" for key, value in places.items()), encoding="utf-8")
     with socket.socket(socket.AF_UNIX) as listener, (directory / LOG).open("ab") as output:
         listener.bind(str(path))
         path.chmod(0o600)
         listener.listen()
-        serve = ["-m", "qmpd", "serve", "--config", str(configuration)]
+        serve = ["-m", "qmpd", "serve", "--config", str(directory / CONFIGURATION)]
         return subprocess.Popen(
-            [sys.executable, "-c", HAND_OVER, str(listener.fileno()), *serve],
+            [sys.executable, "-I", "-S", "-c", HAND_OVER, str(listener.fileno()), *serve],
             pass_fds=(listener.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -19,6 +19,8 @@ from scripts.lib.progress import say, step
 #: What is imported to see that the installation works; all three live in different directories of the checkout.
 IMPORTS: Final = ("qmpd", "qmpd_api", "qmpctl")
 REQUIREMENT: Final = ".[test]"
+#: What has more: the charts of `scripts/bench` are drawn with a large library that nothing else uses.
+EXTRA_REQUIREMENTS: Final = {"bench": ".[test,bench]"}
 STAMP: Final = "qmpd-setup"
 
 
@@ -39,24 +41,39 @@ def alone(root: Path) -> Iterator[None]:
         yield
 
 
-def ready(root: Path) -> bool:
-    """Whether `.venv` was made from this pyproject.toml, by this Python, and its interpreter is still there."""
-    stamp = root / ".venv" / STAMP
-    return (root / ".venv/bin/python").exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == _digest(root)
+def ready(root: Path, purpose: str = "run") -> bool:
+    """Whether `.venv` was made from this pyproject.toml, by this Python, with what `purpose` needs, and its interpreter is still there."""
+    return (root / ".venv/bin/python").exists() and _digest(root, _requirement(purpose)) in _stamps(root)
 
 
-def make(root: Path) -> None:
-    """Create `.venv` where there is none that works, and install the project into it. Raises SetupError."""
+def make(root: Path, purpose: str = "run") -> None:
+    """Create `.venv` where there is none that works, and install the project into it. Raises SetupError.
+
+    What was installed for another purpose stays.
+    """
     venv = root / ".venv"
+    requirement = _requirement(purpose)
     if not _works(venv):
         with step(f"making {venv} with Python {sys.version.split()[0]}"):
             shutil.rmtree(venv, ignore_errors=True)
             _run([_base_python(), "-m", "venv", str(venv)], root)
     python = str(venv / "bin/python")
-    with step(f"installing the project with pip: {REQUIREMENT}"):
-        _run([python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--editable", REQUIREMENT], root)
+    with step(f"installing the project with pip: {requirement}"):
+        _run([python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--editable", requirement], root)
         _run([python, "-c", f"import {', '.join(IMPORTS)}"], Path("/"))
-    (venv / STAMP).write_text(_digest(root), encoding="utf-8")
+    valid = {_digest(root, each) for each in (REQUIREMENT, *EXTRA_REQUIREMENTS.values())}
+    stamps = (_stamps(root) & valid) | {_digest(root, REQUIREMENT), _digest(root, requirement)}
+    (venv / STAMP).write_text("".join(f"{stamp}\n" for stamp in sorted(stamps)), encoding="utf-8")
+
+
+def _requirement(purpose: str) -> str:
+    return EXTRA_REQUIREMENTS.get(purpose, REQUIREMENT)
+
+
+def _stamps(root: Path) -> set[str]:
+    """What `.venv` was made of: a line for each requirement that is installed."""
+    stamp = root / ".venv" / STAMP
+    return set(stamp.read_text(encoding="utf-8").split()) if stamp.exists() else set()
 
 
 def _works(venv: Path) -> bool:
@@ -73,8 +90,8 @@ def _base_python() -> str:
     return str(Path(sys.base_prefix, "bin", "python{}.{}".format(*sys.version_info[:2])))
 
 
-def _digest(root: Path) -> str:
-    parts = (sys.version, str(root), REQUIREMENT, (root / "pyproject.toml").read_text(encoding="utf-8"))
+def _digest(root: Path, requirement: str) -> str:
+    parts = (sys.version, str(root), requirement, (root / "pyproject.toml").read_text(encoding="utf-8"))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -34,9 +34,12 @@ FIRMWARE: Final = (
     "u-boot-qemu",
 )
 #: tmux: qmpctl's attach is tested in a real terminal. iproute2: what listens is looked at with ss. systemd: its tools check the units.
-TEST_TOOLS: Final = ("iproute2", "systemd", "tmux")
+#: prometheus: promtool checks the metrics and the dashboard.
+TEST_TOOLS: Final = ("iproute2", "prometheus", "systemd", "tmux")
 TEST_GUESTS: Final = Path("tests/guests/guests.toml")
-PURPOSES: Final = ("run", "demo", "test")
+#: The guest that `scripts/bench` lets flood its serial port, by the name of its toolchain in the catalogue of test guests.
+BENCH_TOOLCHAIN: Final = "aarch64"
+PURPOSES: Final = ("run", "demo", "bench", "test")
 
 
 def needed(purpose: str, root: Path) -> tuple[str, ...]:
@@ -45,6 +48,8 @@ def needed(purpose: str, root: Path) -> tuple[str, ...]:
     machines = root / "machines"
     if purpose == "demo":
         names |= guest_packages(machines / f"{board}.toml" for board in BOARDS)
+    if purpose == "bench":
+        names |= assembler_packages(root / TEST_GUESTS, BENCH_TOOLCHAIN)
     if purpose == "test":
         names |= {*TEST_TOOLS, *assembler_packages(root / TEST_GUESTS), *guest_packages(machines.glob("*.toml"))}
     return tuple(sorted(names))
@@ -59,10 +64,10 @@ def guest_packages(boards: Iterable[Path]) -> set[str]:
     return names
 
 
-def assembler_packages(guests: Path) -> set[str]:
-    """The packages of the assemblers that the test guests are made with."""
+def assembler_packages(guests: Path, only: str | None = None) -> set[str]:
+    """The packages of the assemblers that the test guests are made with; of the toolchain called `only`, if it is given."""
     toolchains = tomllib.loads(guests.read_text(encoding="utf-8"))["toolchains"]
-    return {toolchain["package"] for toolchain in toolchains.values()}
+    return {toolchain["package"] for name, toolchain in toolchains.items() if only in {None, name}}
 
 
 def missing(names: tuple[str, ...]) -> tuple[str, ...]:

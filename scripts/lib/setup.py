@@ -36,13 +36,13 @@ def main() -> int:
 def _set_up(purpose: str) -> None:
     with environment.alone(ROOT):
         names = packages.needed(purpose, ROOT)
-        if not environment.ready(ROOT):
+        if not environment.ready(ROOT, purpose):
             names = (*environment.venv_packages(), *names)
         absent = _missing(names)
         if absent:
             apt.install(absent)
-        if not environment.ready(ROOT):
-            environment.make(ROOT)
+        if not environment.ready(ROOT, purpose):
+            environment.make(ROOT, purpose)
     say(f"setup: ready to {purpose} (packages: {len(names)}, environment: {ROOT / '.venv'})")
 
 
@@ -61,7 +61,8 @@ def _options() -> argparse.Namespace:
         dest="purpose",
         choices=packages.PURPOSES,
         default="run",
-        help="run: QEMU and firmware (default); demo: and the guests of the demo; test: and what the test suite needs",
+        help="run: QEMU and firmware (default); demo: and the guests of the demo; bench: and what the charts need; "
+        "test: and what the test suite needs",
     )
     parser.add_argument(
         "--newer-qemu",
