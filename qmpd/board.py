@@ -69,6 +69,7 @@ class DiskBus(Part, frozen=True, kw_only=True):
     units: Annotated[int, Meta(ge=1)] = 1
     needs_serial: bool = False
     size_mib: Annotated[int, Meta(ge=1)] | None = None
+    gone_in: Annotated[int, Meta(ge=1)] | None = None
     limit: Annotated[int, Meta(ge=1)] = 32
     root: Text | None = None
 
@@ -142,6 +143,7 @@ class Board(Part, frozen=True, kw_only=True):
     nics: dict[Word, NicModel] = {}
     default_nic: Word | None = None
     rng: Word | None = None
+    watchdogs: tuple[Word, ...] = ()
     display: DisplayHints = DisplayHints()
     power: Power = Power()
     snapshots: Snapshots = "untested"

@@ -160,6 +160,8 @@ class Bus:
         self._journal = journal
         self._last = last
         self._lost = 0
+        #: How many events could not be recorded since the bus was made.
+        self.lost = 0
         self._subscriptions: set[Subscription] = set()
         self._under_way: set[asyncio.Future[Event]] = set()
         self._closed = False
@@ -168,6 +170,16 @@ class Bus:
     def last(self) -> int:
         """The number of the newest event that subscribers were given."""
         return self._last
+
+    @property
+    def pending(self) -> int:
+        """How many events wait for the journal."""
+        return len(self._under_way)
+
+    @property
+    def subscribers(self) -> int:
+        """How many subscriptions there are."""
+        return len(self._subscriptions)
 
     def publish(self, kind: str, machine: str | None = None, data: Mapping[str, object] | None = None) -> asyncio.Future[Event]:
         """Record an event and give it to the subscribers. Returns at once; events keep the order of the calls.
@@ -225,6 +237,7 @@ class Bus:
         if not self._lost:
             _log.error("events cannot be recorded and are lost: %s", error)
         self._lost += count
+        self.lost += count
 
     def _give(self, event: Event) -> None:
         if event.number != self._last + 1:

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 async def stderr_tail(path: str, *, start: int = 0) -> str:
     """The last 4 KiB of the file, from `start` on at the earliest, as text that can be shown: bytes that are not UTF-8 become
     U+FFFD, control characters other than newline and tab are escaped. Empty if there is no file."""
-    return await asyncio.to_thread(_tail, path, start)
+    return await asyncio.to_thread(tail_of, path, start)
 
 
 async def kept_from(path: str) -> int:
@@ -58,7 +58,8 @@ def open_appending(path: str) -> int:
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
-def _tail(path: str, start: int) -> str:
+def tail_of(path: str, start: int) -> str:
+    """The same as `stderr_tail`, for a thread: blocks."""
     with ExitStack() as opened:
         file = _opened(path, os.O_RDONLY, opened)
         if file is None:

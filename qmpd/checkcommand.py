@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -50,10 +49,9 @@ def _patience(progress: TextIO) -> Iterator[None]:
 
 async def _report(settings: Settings) -> CheckReport:
     emulators = Emulators(settings.cache_dir, settings.emulators)
-    return await check(emulators, Accelerators(settings.run_dir), state_dir=settings.state_dir)
+    accelerators = Accelerators(settings.run_dir)
+    return await check(emulators, accelerators, state_dir=settings.state_dir, machines_cgroup=settings.machines_cgroup)
 
 
 def _text(report: CheckReport, output: TextIO) -> str:
-    """Colour only for a terminal, and not where NO_COLOR asks for none."""
-    colour = output.isatty() and not os.environ.get("NO_COLOR")
-    return checkreport.text(report, width=shutil.get_terminal_size().columns, colour=colour)
+    return checkreport.text(report, width=shutil.get_terminal_size().columns, colour=checkreport.coloured(output))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Final
+from typing import Final, TextIO
 
 from qmpd.views import CheckLine, CheckReport
 
+#: The conclusions of `qmpd check`.
+GOOD: Final = "Machines can run here."
+BAD: Final = "No machine can run here until the failures are mended."
 #: ANSI colours of the verdicts, and of what is said beside them.
 COLOURS: Final = {"pass": "32", "warn": "33", "fail": "1;31", "heading": "1", "meaning": "2"}
 #: Narrower than this a report is not wrapped further: columns of ten letters help nobody.
@@ -21,8 +25,8 @@ MAX_MARGIN: Final = 22
 INDENT: Final = " " * 8
 
 
-def text(report: CheckReport, *, width: int = 100, colour: bool = False) -> str:
-    """The report with a heading per topic, a line per finding, and below what is to mend how; ends with a summary.
+def text(report: CheckReport, *, width: int = 100, colour: bool = False, conclusion: str | None = None) -> str:
+    """The report with a heading per topic, a line per finding, and below what is to mend how; ends with a summary and the conclusion.
 
     Control characters that came from the host are shown as escapes.
     """
@@ -32,7 +36,7 @@ def text(report: CheckReport, *, width: int = 100, colour: bool = False) -> str:
         "\n".join([_paint(topic, "heading", colour), *(row for line in lines for row in _rows(line, margin, width, colour))])
         for topic, lines in groupby(report.lines, key=lambda line: line.topic)
     ]
-    return "\n\n".join([*blocks, _summary(report, colour)]) + "\n"
+    return "\n\n".join([*blocks, _summary(report, colour, conclusion)]) + "\n"
 
 
 def _rows(line: CheckLine, margin: int, width: int, colour: bool) -> Iterator[str]:
@@ -49,11 +53,15 @@ def _wrapped(words: str, width: int) -> list[str]:
     return textwrap.wrap(_shown(words), width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
-def _summary(report: CheckReport, colour: bool) -> str:
+def _summary(report: CheckReport, colour: bool, conclusion: str | None) -> str:
     counts = {verdict: sum(line.verdict == verdict for line in report.lines) for verdict in ("pass", "warn", "fail")}
     numbers = ", ".join(_paint(f"{count} {verdict}", verdict, colour) for verdict, count in counts.items() if count)
-    conclusion = "Machines can run here." if report.ok else "No machine can run here until the failures are mended."
-    return f"{numbers}. {conclusion}"
+    return f"{numbers}. {conclusion or (GOOD if report.ok else BAD)}"
+
+
+def coloured(output: TextIO) -> bool:
+    """Colour only for a terminal, and not where NO_COLOR asks for none."""
+    return output.isatty() and not os.environ.get("NO_COLOR")
 
 
 def _shown(words: str) -> str:

@@ -31,6 +31,8 @@ QUIT_DEADLINE_S: Final = 60.0
 
 _QUERY: Final = re.compile(r"(x-)?query-.*|qom-(get|list|list-properties|list-types)|device-list-properties|qmp_capabilities")
 
+#: What `json.dumps` with arguments makes anew for every call.
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _INTEGER_MIN: Final = -(2**63)
 _INTEGER_MAX: Final = 2**64 - 1
 #: Surrogates and Unicode's noncharacters: QEMU's decoder takes either for a broken message.
@@ -60,7 +62,7 @@ def encode(command: str, arguments: Mapping[str, object] | None, *, ident: str, 
         problems += _problems("$.arguments", arguments)
     if problems:
         raise invalid(problems)
-    encoded = json.dumps(message, separators=(",", ":"), allow_nan=False).encode("ascii")
+    encoded = _ENCODER.encode(message).encode("ascii")
     if len(encoded) > COMMAND_LIMIT:
         raise _too_large()
     return encoded

@@ -59,11 +59,21 @@ class Console:
 
     async def load(self) -> None:
         """Looks at the log: how long it is now, and its last bytes. Followers hear of what is new."""
+        self.note(await asyncio.to_thread(self.look))
+
+    def look(self) -> tuple[int, bytes] | None:
+        """How long the log is and its last bytes, for `note`; None when it cannot be looked at. Blocks."""
         try:
-            size, self._tail = await asyncio.to_thread(segments.size_and_tail, self._log, TAIL_BYTES)
+            return segments.size_and_tail(self._log, TAIL_BYTES)
         except OSError as error:
             _logger.warning("console log cannot be looked at", extra={"path": self._log, "error": str(error)})
+            return None
+
+    def note(self, seen: tuple[int, bytes] | None) -> None:
+        """Takes what `look` saw; on the loop's side."""
+        if seen is None:
             return
+        size, self._tail = seen
         self.end = size
         if size != self._seen:
             self._seen = size
@@ -151,7 +161,6 @@ class Console:
                 async with self._typing:
                     pass  # who was typing has let go of the descriptor, which can be closed now
                 self._announce()
-                await self.load()
 
     async def _look(self) -> None:
         while True:

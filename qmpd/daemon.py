@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Final
 
 from qmpd.accelerator import Accelerators
+from qmpd.autostart import start_in_order
 from qmpd.bus import open_bus
 from qmpd.capture import keep_trimmed
 from qmpd.catalogue import Catalogue, load, search_path
+from qmpd.confinement import Confiner
 from qmpd.database import open_database
 from qmpd.errors import HostError, QmpdError
 from qmpd.filewatch import watching
@@ -20,19 +22,24 @@ from qmpd.inventory import Inventory
 from qmpd.jobs import open_jobs
 from qmpd.journal import open_journal
 from qmpd.probe import Emulators
-from qmpd.record import LaunchRecord
+from qmpd.recovery import Recovery
 from qmpd.registry import Registry
 from qmpd.restarting import Restarts
+from qmpd.resuming import Resumes
+from qmpd.sampling import Sampler
 from qmpd.service import Service
 from qmpd.settings import Settings
 from qmpd.shortage import shortage
 from qmpd.sqlite import open_store
+from qmpd.tally import Tally
 from qmpd.tasks import Tasks, background
+from qmpd.tokens import Tokens
+from qmpd.upkeep import Upkeep
 from qmpd.views import StartRequest
 from qmpd.worlds import Worlds
 
-#: QEMUs that answer do so within milliseconds each; the API does not wait longer for those that do not.
-ADOPT_PATIENCE_S: Final = 0.3
+#: A few QEMUs have answered by then. The API does not wait for the others: they are known to live, and unreachable until they answer.
+ADOPT_PATIENCE_S: Final = 0.05
 
 _log = logging.getLogger(__name__)
 
@@ -57,19 +64,37 @@ async def running(settings: Settings, environ: Mapping[str, str]) -> AsyncIterat
         catalogue = await asyncio.to_thread(_catalogue, settings, environ)
         emulators = Emulators(settings.cache_dir, settings.emulators)
         accelerators = Accelerators(settings.run_dir)
-        registry = Registry(store, catalogue, settings, stack.enter_context(watching()), bus.publish)
+        confiner = Confiner(settings, environ)
+        tally = Tally()
+        registry = Registry(store, catalogue, settings, stack.enter_context(watching()), tally.counting(bus.publish))
+        sampler = Sampler(registry)
+        inventory = Inventory(catalogue, emulators, accelerators, settings.machines_cgroup)
+        tokens = Tokens(store)
         service = Service(
             settings=settings,
+            tokens=tokens,
             registry=registry,
-            worlds=Worlds(catalogue, emulators, accelerators, settings),
-            inventory=Inventory(catalogue, emulators, accelerators),
+            worlds=Worlds(catalogue, emulators, accelerators, settings, confiner),
+            inventory=inventory,
             journal=journal,
             bus=bus,
             jobs=jobs,
+            upkeep=Upkeep(
+                settings=settings,
+                registry=registry,
+                inventory=inventory,
+                journal=journal,
+                bus=bus,
+                jobs=jobs,
+                sampler=sampler,
+                tally=tally,
+            ),
         )
         stack.push_async_callback(_let_go, registry)
         await registry.load()
-        await stack.enter_async_context(_housekeeping(registry, service))
+        await tokens.load()
+        await asyncio.to_thread(confiner.sweep)
+        await stack.enter_async_context(_housekeeping(registry, service, tally, sampler))
         yield service
 
 
@@ -88,25 +113,17 @@ def _catalogue(settings: Settings, environ: Mapping[str, str]) -> Catalogue:
     return catalogue
 
 
-async def _adopt_all(registry: Registry, tasks: Tasks) -> None:
+async def _adopt_all(recovery: Recovery, tasks: Tasks) -> None:
     """Takes over what lives. One that does not answer keeps nobody waiting: it is known, and unreachable until it does."""
-    found = await registry.find_processes()
-    adopting = [tasks.start(_adopt(registry, record), f"adopt:{record.definition.spec.name}") for record in found]
+    found = await recovery.find()
+    adopting = [tasks.start(recovery.adopt(record), f"adopt:{record.definition.spec.name}") for record in found]
     if adopting:
         await asyncio.wait(adopting, timeout=ADOPT_PATIENCE_S)
-    await registry.note_strays()
-
-
-async def _adopt(registry: Registry, record: LaunchRecord) -> None:
-    try:
-        await registry.adopt(record)
-    except (QmpdError, OSError) as error:
-        # It may well be alive: its lock will tell, and then it is unreachable, not stopped.
-        _log.error("machine could not be taken over", extra={"machine": record.definition.spec.name, "error": str(error)})
+    await recovery.note_strays()
 
 
 @asynccontextmanager
-async def _housekeeping(registry: Registry, service: Service) -> AsyncIterator[None]:
+async def _housekeeping(registry: Registry, service: Service, tally: Tally, sampler: Sampler) -> AsyncIterator[None]:
     async def start(name: str) -> bool:
         try:
             await service.start(name, StartRequest())
@@ -116,13 +133,14 @@ async def _housekeeping(registry: Registry, service: Service) -> AsyncIterator[N
         return True
 
     async with background() as tasks:
-        registry.on_end = Restarts(tasks, start).ended
-        await _adopt_all(registry, tasks)
-        tasks.start(registry.watch_strays(), "strays")
+        registry.on_end = Restarts(tasks, tally.restarting(start), lambda: not service.host.under_way).ended
+        await _adopt_all(service.rescue.recovery, tasks)
+        tasks.start(service.rescue.recovery.watch_strays(), "strays")
         tasks.start(keep_trimmed(registry.capped_files), "trim-logs")
-        for machine in registry:
-            if machine.definition.spec.autostart and not machine.alive:
-                tasks.start(start(machine.name), f"autostart:{machine.name}")
+        tasks.start(sampler.run(), "figures")
+        tasks.start(Resumes(registry, tasks).run(), "room")
+        wanted = [machine.definition.spec for machine in registry if machine.definition.spec.autostart and not machine.alive]
+        tasks.start(start_in_order(wanted, start, lambda: not service.host.asked), "autostart")
         yield
 
 

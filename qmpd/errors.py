@@ -7,12 +7,17 @@ The tree (a leaf is a meaning; its `code` is stable and part of the API)::
     ├── TooLarge             a document or value over a limit
     ├── UnsupportedMedia     a media type, charset or content encoding we do not speak
     ├── Misdirected          a Host header that is not ours
+    ├── Unauthorized         unknown caller: no valid token or certificate
     ├── Forbidden            known caller, no permission
     ├── NotFound             no such thing
     ├── Conflict
     │   ├── AlreadyExists    the name, UUID or address is taken
     │   ├── WrongState       the machine's state does not allow it
     │   ├── Held             somebody else is doing something that excludes it
+    │   ├── Protected        its definition says that it must not be deleted
+    │   ├── GoingDown        all machines are being ended, because the host goes down
+    │   ├── NotProven        whose the process is that is alive cannot be proven
+    │   ├── NotAdoptable     the process is none that qmpd could take over
     │   └── EventsGone       events that were asked for are no longer kept
     ├── StaleRevision        the ETag given is not the current one
     ├── RevisionRequired     an ETag is needed and none was given
@@ -79,6 +84,12 @@ class Misdirected(QmpdError):
     code = "misdirected"
 
 
+class Unauthorized(QmpdError):
+    """The caller showed no token or certificate, or one that is not valid (any more)."""
+
+    code = "unauthorized"
+
+
 class Forbidden(QmpdError):
     """The caller is known and may not do this."""
 
@@ -113,6 +124,30 @@ class Held(Conflict):
     """Another operation holds the machine; details carry `holder`."""
 
     code = "held"
+
+
+class NotProven(Conflict):
+    """The process that is alive is not proven to be the machine's, so nothing is done to it."""
+
+    code = "not_proven"
+
+
+class NotAdoptable(Conflict):
+    """The process cannot be taken over: it is no QEMU, or has no QMP monitor that qmpd could use."""
+
+    code = "not_adoptable"
+
+
+class Protected(Conflict):
+    """The machine must not be deleted; details carry `field`, what of the definition says so."""
+
+    code = "protected"
+
+
+class GoingDown(Conflict):
+    """All machines of the host are being shut down; none starts until that is over."""
+
+    code = "going_down"
 
 
 class EventsGone(Conflict):

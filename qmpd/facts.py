@@ -40,6 +40,11 @@ class EmulatorFacts(Facts, frozen=True, kw_only=True):
     options: frozenset[str] = frozenset()
     accelerators: frozenset[str] = frozenset({"tcg"})
 
+    @property
+    def major_version(self) -> int:
+        """The first number of the version: for what no schema tells, and for nothing else."""
+        return int(self.version.partition(".")[0])
+
     def machine(self, name: str) -> MachineType | None:
         """The machine type of this name or alias."""
         for candidate in self.machines:
@@ -90,11 +95,25 @@ class MachinePaths(Facts, frozen=True, kw_only=True):
         return f"{self.state}/disk{index}.{image_format}"
 
 
+class Confinement(Facts, frozen=True, kw_only=True):
+    """How this daemon can hold a machine to limits.
+
+    `way` is a `scope` of the manager of systemd on the bus at `place`, or a `cgroup` of its own below the directory `place`, or None:
+    then `obstacle` says why and `mend` what to do. `controllers` are the kernel's that are there.
+    """
+
+    way: Literal["scope", "cgroup"] | None = None
+    place: str = ""
+    controllers: frozenset[str] = frozenset()
+    obstacle: str = ""
+    mend: str = ""
+
+
 class World(Facts, frozen=True, kw_only=True):
     """Everything `problems` and `plan` may know beside the definition and the board.
 
-    One emulator, the verdict on KVM, what the paths of the definition lead to, where the machine's own files are, and whether
-    `extra_args` are allowed here.
+    One emulator, the verdict on KVM, what the paths of the definition lead to, where the machine's own files are, whether
+    `extra_args` are allowed here, and how machines can be held to limits (looked at only for a definition that has some).
     """
 
     emulator: EmulatorFacts
@@ -103,3 +122,4 @@ class World(Facts, frozen=True, kw_only=True):
     paths: MachinePaths
     files: dict[str, FileFacts] = {}
     raw_options: bool = True
+    confinement: Confinement = Confinement()

@@ -17,8 +17,9 @@ from qmpd.views import BoardView, CheckReport, EmulatorView
 class Inventory:
     """Answers what could be run here. Finding an emulator is enough to list a board; nothing is launched for that."""
 
-    def __init__(self, catalogue: Catalogue, emulators: Emulators, accelerators: Accelerators) -> None:
-        self._catalogue = catalogue
+    def __init__(self, catalogue: Catalogue, emulators: Emulators, accelerators: Accelerators, machines_cgroup: str | None = None) -> None:
+        self._machines_cgroup = machines_cgroup
+        self.catalogue = self._catalogue = catalogue
         self._emulators = emulators
         self._accelerators = accelerators
         self._host_arch = os.uname().machine
@@ -39,7 +40,7 @@ class Inventory:
 
     async def check(self, state_dir: str) -> CheckReport:
         """The state of the whole host."""
-        return await check(self._emulators, self._accelerators, state_dir=state_dir)
+        return await check(self._emulators, self._accelerators, state_dir=state_dir, machines_cgroup=self._machines_cgroup)
 
     async def _board(self, named: NamedBoard) -> BoardView:
         board = named.board

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from typing import Final
 
 import msgspec
 
-from qmpd.errors import QmpdError, WrongState
-from qmpd.journal import Journal
+from qmpd.errors import Busy, NoSpace, QmpdError, WrongState
+from qmpd.journal import Ending, Journal
 from qmpd.machine import Publish
+from qmpd.store import Unknown
 from qmpd.tasks import Tasks, background, undivided
-from qmpd.views import JobView
+from qmpd.views import JobView, Progress
+
+#: An ending that found no space is written again this often: a disk is cleared by people.
+WRITE_AGAIN_S: Final = 5.0
 
 _log = logging.getLogger(__name__)
 Work = Callable[[], Awaitable[msgspec.Struct]]
+Report = Callable[[Progress], Awaitable[None]]
 
 
 class Jobs:
@@ -30,24 +36,35 @@ class Jobs:
 
     async def begin(self, kind: str, machine: str, work: Work) -> JobView:
         """Starts `work` as a job; its struct becomes the result, its QmpdError the error."""
+        return await self.begin_reporting(kind, machine, lambda _report: work())
+
+    async def begin_reporting(self, kind: str, machine: str | None, work: Callable[[Report], Awaitable[msgspec.Struct]]) -> JobView:
+        """The same for work that says how far it is, and may be about no one machine."""
         job = await self._journal.create_job(kind, machine)
-        self._running[job.id] = self._tasks.start(self._run(job, work), f"job:{kind}:{machine}")
-        self._publish("job.started", machine, {"job": job.id, "kind": kind})
+
+        async def report(progress: Progress) -> None:
+            try:
+                await self._journal.update_job(job.id, progress)
+            except QmpdError as error:  # it is for people: a disk that is full must not end the work
+                _log.warning("progress was not recorded", extra={"job": job.id, "error": error.message})
+
+        self._running[job.id] = self._tasks.start(self._run(job, lambda: work(report)), f"job:{kind}:{machine or 'host'}")
+        self._publish("job.started", machine or "", {"job": job.id, "kind": kind})
         return job
 
     async def cancel(self, job_id: str) -> JobView:
-        """Cancels a running job and waits until it has let go. Raises WrongState when it has ended, or is being cancelled."""
+        """Cancels a running job and waits until it has let go. Raises WrongState when it has ended, or is ending."""
         task = self._running.pop(job_id, None)
         if task is None:
             job = await self._journal.job(job_id)
-            what = "is being cancelled already" if job.state == "running" else f"has ended: {job.state}"
+            what = "is ending already" if job.state == "running" else f"has ended: {job.state}"
             raise WrongState(f"job {job_id} {what}", state=job.state, allowed=["running"])
         task.cancel()
         return await undivided(self._end(job_id, task), f"cancel:{job_id}")
 
     async def _end(self, job_id: str, task: asyncio.Task[None]) -> JobView:
         await asyncio.wait([task])
-        return self._ended(await self._journal.finish_job(job_id, "cancelled"))
+        return await self._finish(job_id, "cancelled")
 
     async def job(self, job_id: str) -> JobView:
         """One job. Raises NotFound."""
@@ -58,20 +75,29 @@ class Jobs:
         return await self._journal.jobs(machine)
 
     async def _run(self, job: JobView, work: Work) -> None:
+        result, error = None, None
         try:
-            result = await work()
-        except QmpdError as error:
-            body = {"code": error.code, "message": error.message, "details": error.details}
-            self._ended(await self._journal.finish_job(job.id, "failed", error=body))
-        except Exception as error:  # noqa: BLE001  the boundary of a job: a mistake of ours must not look like a job that goes on for ever
+            result = msgspec.to_builtins(await work())
+        except QmpdError as failure:
+            error = {"code": failure.code, "message": failure.message, "details": failure.details}
+        except Exception as mistake:  # noqa: BLE001  the boundary of a job: a mistake of ours must not look like a job that goes on for ever
             _log.exception("mistake in a job", extra={"job": job.id, "kind": job.kind})
-            body = {"code": "internal", "message": repr(error), "details": {}}
-            self._ended(await self._journal.finish_job(job.id, "failed", error=body))
-        else:
-            self._ended(await self._journal.finish_job(job.id, "succeeded", result=msgspec.to_builtins(result)))
+            error = {"code": "internal", "message": repr(mistake), "details": {}}
         finally:
             # A job that is cut off because the daemon ends has no ending: the next daemon finds it interrupted.
             self._running.pop(job.id, None)
+        await self._finish(job.id, "succeeded" if error is None else "failed", result=result, error=error)
+
+    async def _finish(
+        self, job_id: str, state: Ending, *, result: Mapping[str, object] | None = None, error: Mapping[str, object] | None = None
+    ) -> JobView:
+        """Records an ending, however long the disk stays full: a job whose ending is not written would look as if it went on for ever."""
+        while True:
+            try:
+                return self._ended(await self._journal.finish_job(job_id, state, result=result, error=error))
+            except (NoSpace, Busy, Unknown) as refusal:
+                _log.error("the ending of a job is not recorded yet", extra={"job": job_id, "state": state, "error": refusal.message})
+            await asyncio.sleep(WRITE_AGAIN_S)
 
     def _ended(self, job: JobView) -> JobView:
         _log.info("job ended", extra={"job": job.id, "kind": job.kind, "state": job.state})

@@ -11,7 +11,9 @@ from pathlib import Path
 import msgspec
 
 from qmpd import segments
+from qmpd.confinement import Admit, Confiner
 from qmpd.errors import HostError
+from qmpd.failpoint import failpoint
 from qmpd.journal import timestamp, utc_now
 from qmpd.listeners import listening
 from qmpd.plan import LaunchPlan, SerialPipe
@@ -21,7 +23,7 @@ from qmpd.runlock import taken
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """A plan, where it is carried out, and what the record says of the emulator."""
+    """A plan, where it is carried out, and what the record says of the emulator. `confiner` is there if the definition has limits."""
 
     plan: LaunchPlan
     run_dir: str
@@ -31,6 +33,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     emulator_version: str
     log_cap_bytes: int
     paused: bool = False
+    confiner: Confiner | None = None
 
 
 @asynccontextmanager
@@ -39,18 +42,28 @@ async def prepared(what: Launch, definition: Definition) -> AsyncIterator[tuple[
 
     Raises:
         Held: a QEMU of this machine is alive.
-        HostError, NoSpace: directories or sockets could not be made, or the machine's own files are gone.
+        HostError, NoSpace: directories or sockets could not be made, the machine's own files are gone, or its limits cannot be kept.
         OSError: the process could not be started.
     """
     records: list[LaunchRecord] = []
-    process = await launch(partial(_gated, what, definition, records), undo=partial(remove_record, what.run_dir))
+    async with _admission(what, definition) as admit:
+        process = await launch(partial(_gated, what, definition, records, admit), undo=partial(remove_record, what.run_dir))
     try:
         yield process, records[0]
     finally:
         process.close()
 
 
-def _gated(what: Launch, definition: Definition, records: list[LaunchRecord]) -> Gate:
+@asynccontextmanager
+async def _admission(what: Launch, definition: Definition) -> AsyncIterator[Admit | None]:
+    if what.confiner is None:
+        yield None
+        return
+    async with what.confiner.admission(definition.spec.name, definition.spec.limits) as admit:
+        yield admit
+
+
+def _gated(what: Launch, definition: Definition, records: list[LaunchRecord], admit: Admit | None) -> Gate:
     """Everything between a plan and a process that waits to become QEMU, in one go: a start has few steps between threads."""
     _make_ready(what)
     plan = what.plan
@@ -62,8 +75,19 @@ def _gated(what: Launch, definition: Definition, records: list[LaunchRecord]) ->
             record = _record(what, definition, argv, identity)
             write_record(what.run_dir, record)
             records.append(record)
+            if admit is not None:
+                _admitted(what, admit, identity.pid)
 
         return gate(argv, inherited=[*descriptors.values(), lock], cwd=what.run_dir, stderr=what.stderr_path, record=write)
+
+
+def _admitted(what: Launch, admit: Admit, pid: int) -> None:
+    """While the gate is closed: QEMU and all its threads are born in their place."""
+    try:
+        admit(pid)
+    except BaseException:
+        remove_record(what.run_dir)
+        raise
 
 
 def _record(what: Launch, definition: Definition, argv: tuple[str, ...], identity: Identity) -> LaunchRecord:
@@ -87,6 +111,7 @@ def _record(what: Launch, definition: Definition, argv: tuple[str, ...], identit
 
 def _make_ready(what: Launch) -> None:
     plan = what.plan
+    failpoint("run-directory")
     for directory in plan.directories:
         Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
     own = [*(image.path for image in plan.blank_images), *(copy.target for copy in plan.copies)]
@@ -102,5 +127,7 @@ def _make_pipe(pipe: SerialPipe, cap_bytes: int) -> None:
     written, typed = Path(f"{pipe.path}.out"), Path(f"{pipe.path}.in")
     for end in (written, typed):
         end.unlink(missing_ok=True)
+    failpoint("log-piece")
     written.symlink_to(segments.begin(pipe.log, cap_bytes))
+    failpoint("fifo-make")
     os.mkfifo(typed, 0o600)

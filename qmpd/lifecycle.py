@@ -8,6 +8,8 @@ Rules:
 * `starting` begins with the durable record of the intent to launch, before any process exists.
 * `unresponsive` (the monitor is silent) and `unreachable` (there is no monitor) are states of a process that lives. Only an
   observed exit leaves them for `stopped` or `crashed`; no timer ever does.
+* A machine is `found` when a process of an earlier daemon is taken over: from rest, or when a process that could not be told from
+  others is identified after all. It is `unreachable` until its monitor answers and has proven whose it is.
 * `stopping` means that somebody asked QEMU to end; a guest that was asked over ACPI stays `running` until it obeys.
 
 The diagram in docs/lifecycle.md is generated from this table.
@@ -58,6 +60,8 @@ _H = Happening
 ALIVE: Final = frozenset({_S.STARTING, _S.RUNNING, _S.PAUSED, _S.STOPPING, _S.UNRESPONSIVE, _S.UNREACHABLE})
 #: States in which QEMU answers its monitor.
 ANSWERING: Final = frozenset({_S.RUNNING, _S.PAUSED})
+#: States in which there is a reason why QEMU does not answer.
+IN_TROUBLE: Final = frozenset({_S.UNRESPONSIVE, _S.UNREACHABLE})
 #: States in which a definition may be replaced or deleted and a machine started.
 AT_REST: Final = frozenset({_S.STOPPED, _S.CRASHED})
 
@@ -73,7 +77,7 @@ TABLE: Final[dict[State, dict[Happening, State]]] = {
     _S.PAUSED: {**_RUN, **_ENDINGS, **_MONITOR, _H.QUIT: _S.STOPPING},
     _S.STOPPING: {**_ENDINGS, **_MONITOR, _H.QUIT: _S.STOPPING, _H.RAN: _S.STOPPING, _H.HALTED: _S.STOPPING},
     _S.UNRESPONSIVE: {**_RUN, **_ENDINGS, **_MONITOR, _H.QUIT: _S.STOPPING},
-    _S.UNREACHABLE: {**_RUN, **_ENDINGS, **_MONITOR, _H.QUIT: _S.STOPPING},
+    _S.UNREACHABLE: {**_RUN, **_ENDINGS, **_MONITOR, _H.QUIT: _S.STOPPING, _H.FOUND: _S.UNREACHABLE},
 }
 
 

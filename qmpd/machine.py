@@ -16,21 +16,26 @@ import msgspec
 
 from qmpd.backlog import QmpEvent
 from qmpd.board import Board
+from qmpd.cgroups import directory_of, leave
 from qmpd.console import Console
+from qmpd.diskerrors import found_in, halted_by
 from qmpd.endings import is_clean, keep
 from qmpd.errors import HostError, LaunchFailed, MonitorUnavailable, QmpdError, WrongState
 from qmpd.facts import MachinePaths
+from qmpd.failpoint import passing
 from qmpd.hold import Hold
 from qmpd.journal import timestamp, utc_now
 from qmpd.launching import Launch, prepared
-from qmpd.lifecycle import ALIVE, AT_REST, Happening, State, after
+from qmpd.lifecycle import ALIVE, AT_REST, IN_TROUBLE, Happening, State, after
 from qmpd.machineview import view_of
 from qmpd.monitor import Monitor
 from qmpd.process import ExitStatus, QemuProcess
+from qmpd.processviews import TroubleView
 from qmpd.record import Definition, LaunchRecord, has_begun, mark_begun, remove_record
 from qmpd.session import Session, describe
 from qmpd.shortage import shortage
-from qmpd.views import ExitView, MachineView
+from qmpd.spec import Limits
+from qmpd.views import DiskErrorView, ExitView, MachineView
 
 _log = logging.getLogger(__name__)
 Publish = Callable[[str, str, Mapping[str, object]], object]
@@ -57,7 +62,10 @@ class Machine:
         self.since = now()
         self.exit: ExitView | None = None
         self.resets = 0
+        self.disk_error: DiskErrorView | None = None
         self.launch: LaunchRecord | None = None
+        self.cgroup: str | None = None
+        self.trouble: TroubleView | None = None
         self.asked_to_end = False
         self.on_end: Callable[[Machine], None] = lambda _machine: None
         self._publish = publish
@@ -101,14 +109,31 @@ class Machine:
     def happen(self, happening: Happening) -> None:
         """Moves the state by the table, tells everybody who waits, and publishes the change. An illegal happening raises."""
         before, self.state = self.state, after(self.state, happening)
+        if happening is Happening.RAN or self.state in AT_REST:
+            self.disk_error = None
         if self.state is before:
             return
         self.since = now()
         self._tell()
         data: dict[str, object] = {"state": str(self.state), "previous": str(before), "status": self.status}
+        if self.state not in IN_TROUBLE:
+            self.trouble = None
+        elif self.trouble is not None:
+            data["reason"] = self.trouble.reason
         if self.state in AT_REST and self.exit is not None:
             data["exit"] = msgspec.to_builtins(self.exit)
         self._publish("machine.state", self.name, data)
+
+    def set_trouble(self, reason: str) -> None:
+        """Why QEMU cannot be reached, or does not answer. The first reason begins a trouble, that of each attempt replaces it.
+
+        Who reports it again every second is heard once.
+        """
+        moment, before = now(), self.trouble
+        began, attempts = (moment, 1) if before is None else (before.since, before.attempts + 1)
+        self.trouble = TroubleView(reason=reason, since=began, tried_at=moment, attempts=attempts)
+        if before is None or before.reason != reason:
+            self._publish("machine.trouble", self.name, {"reason": reason, "since": began, "attempts": attempts})
 
     def set_status(self, status: str) -> None:
         """QEMU's own word for the run state."""
@@ -116,10 +141,23 @@ class Machine:
             self.status = status
             self._tell()
 
+    def take_blocks(self, blocks: object) -> None:
+        """QEMU's answer to `query-block`, of a guest that is halted because a disk failed: for a daemon that missed the event."""
+        if self.disk_error is None:
+            self._note_disk_error(found_in(blocks, now()))
+
+    def _note_disk_error(self, error: DiskErrorView | None) -> None:
+        """Requests that were under way together fail together: the first says it all."""
+        if error is not None and self.disk_error is None:
+            self.disk_error = error
+            self._publish("machine.disk-error", self.name, msgspec.to_builtins(error))
+
     def take_event(self, event: QmpEvent) -> None:
         """Passes an event of QEMU on to everybody who listens."""
         if event.name == "RESET":
             self.resets += event.count
+        elif event.name == "BLOCK_IO_ERROR":
+            self._note_disk_error(halted_by(event.data, now()))
         self._publish("qmp", self.name, {"event": event.name, "data": dict(event.data), "count": event.count})
 
     def _tell(self) -> None:
@@ -145,8 +183,11 @@ class Machine:
     @asynccontextmanager
     async def held(self, operation: str, *, instead_of: frozenset[str] = frozenset()) -> AsyncIterator[None]:
         """Keeps other verbs out. Raises Held when one is under way that this one does not replace."""
-        with self._hold.taken(operation, instead_of, self.name, str(self.state)):
-            yield
+        try:
+            with self._hold.taken(operation, instead_of, self.name, str(self.state)):
+                yield
+        finally:
+            self._tell()
 
     def require(self, states: frozenset[State], verb: str) -> None:
         """Raises WrongState, naming state and holder, when the machine is in none of `states`."""
@@ -164,7 +205,8 @@ class Machine:
     def session(self) -> Session:
         """The live session. Raises WrongState when there is no process, MonitorUnavailable when it is none of ours."""
         if self.stray:
-            raise MonitorUnavailable(f"a QEMU of machine {self.name!r} is alive, and this daemon has no record of it: end it by hand")
+            reason = self.trouble.reason if self.trouble is not None else "it has no record of it"
+            raise MonitorUnavailable(f"a QEMU of machine {self.name!r} is alive, and this daemon has no connection with it: {reason}")
         if self._session is None:
             raise WrongState(f"machine {self.name!r} is {self.state}: it has no process", state=str(self.state), allowed=[])
         return self._session
@@ -189,10 +231,15 @@ class Machine:
         self.happen(Happening.FOUND)
         await self._spawn_task(partial(self._adopt, record, process, paths))
 
-    def lost(self) -> None:
-        """A QEMU of this machine is alive, but there is no record by which it could be taken over: it cannot be reached."""
+    def found(self) -> None:
+        """A QEMU of this machine is alive, and will be taken over."""
         if self.state in AT_REST:
             self.happen(Happening.FOUND)
+
+    def lost(self, reason: str) -> None:
+        """A QEMU of this machine is alive, but which process it is cannot be said: it cannot be reached."""
+        self.set_trouble(reason)
+        self.found()
 
     def ended_unseen(self, reason: str, *, rebooted: bool) -> None:
         """The process of an earlier daemon's record is gone, and nobody saw how it ended."""
@@ -243,13 +290,15 @@ class Machine:
     async def _launch(self, launch: Launch, ready: asyncio.Future[None]) -> ExitStatus:
         async with prepared(launch, self.definition) as (process, record):
             self.launch = record
-            session = Session(self, self.name, process, record.sockets, launch.stderr_path)
+            session = Session(self, self.name, process, record.sockets, launch.stderr_path, record.expected_uuid)
 
             async def begin(monitor: Monitor) -> None:
                 if launch.paused:
                     await session.ask_status(monitor)
                 else:
+                    await passing("guest-cont")
                     await monitor.execute("cont")
+                    await passing("guest-going")
                     self.set_status("running")
                     self.happen(Happening.RAN)
                     _settle(ready)  # who waits for the start need not wait for the note
@@ -259,7 +308,7 @@ class Machine:
 
     async def _adopt(self, record: LaunchRecord, process: QemuProcess, paths: MachinePaths, ready: asyncio.Future[None]) -> ExitStatus:
         try:
-            session = Session(self, self.name, process, record.sockets, paths.log("stderr"))
+            session = Session(self, self.name, process, record.sockets, paths.log("stderr"), record.expected_uuid)
             paused = record.paused or await asyncio.to_thread(has_begun, record.run_dir)
             return await self._follow(session, record, paths.state, session.adopt(partial(_settle, ready), paused=paused))
         finally:
@@ -270,7 +319,7 @@ class Machine:
     ) -> ExitStatus:
         self._session = session
         self._tell()
-        async with AsyncExitStack() as stack:
+        async with self._placed(session, record), AsyncExitStack() as stack:
             for index, console in self.consoles.items():
                 path = record.pipes.get(f"serial{index}")
                 if path is not None:  # the board may have got another port since the machine was launched
@@ -280,17 +329,43 @@ class Machine:
             except LaunchFailed:
                 await asyncio.to_thread(remove_record, record.run_dir)
                 raise
-        self.exit = ExitView(
-            code=status.code,
-            signal=status.signal,
-            reason=session.shutdown_reason,
-            clean=is_clean(status, session.shutdown_reason),
-            at=now(),
-            stderr_tail=await session.stderr(),
-        )
-        await asyncio.to_thread(keep, state_dir, self.exit)
-        await asyncio.to_thread(remove_record, record.run_dir)
+        await self._wrap_up(session, record, state_dir, status)
         return status
+
+    async def _wrap_up(self, session: Session, record: LaunchRecord, state_dir: str, status: ExitStatus) -> None:
+        """Everything there is to read and to write at the end of a process, in one go: somebody waits for it."""
+        consoles = list(self.consoles.values())
+
+        def work() -> tuple[ExitView, list[tuple[int, bytes] | None]]:
+            ending = ExitView(
+                code=status.code,
+                signal=status.signal,
+                reason=session.shutdown_reason,
+                clean=is_clean(status, session.shutdown_reason),
+                at=now(),
+                stderr_tail=session.last_words(),
+            )
+            keep(state_dir, ending)
+            remove_record(record.run_dir)
+            return ending, [console.look() for console in consoles]
+
+        self.exit, logs = await asyncio.to_thread(work)
+        for console, seen in zip(consoles, logs, strict=True):
+            console.note(seen)
+
+    @asynccontextmanager
+    async def _placed(self, session: Session, record: LaunchRecord) -> AsyncIterator[None]:
+        """Knows where a machine with limits is held to them. Its cgroup is removed with its end."""
+        if record.definition.spec.limits == Limits():
+            yield
+            return
+        self.cgroup = await asyncio.to_thread(directory_of, record.identity.pid)
+        try:
+            yield
+        finally:
+            if self.cgroup is not None and session.process.exit is not None:
+                await asyncio.to_thread(leave, self.cgroup)
+            self.cgroup = None
 
     async def _attach(self, stack: AsyncExitStack, console: Console, path: str) -> None:
         try:

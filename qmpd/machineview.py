@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qmpd.processviews import AdoptedView
 from qmpd.views import MachineView
 
 if TYPE_CHECKING:
@@ -34,11 +35,23 @@ def view_of(machine: Machine) -> MachineView:
         cpus=spec.cpu.count or (board.min_cpus if board else 1),
         memory_mib=spec.memory_mib or default_memory,
         pid=live.identity.pid if live else None,
+        cgroup=machine.cgroup if live else None,
         started_at=live.started_at if live else None,
         console_bytes=console.end if console else 0,
         console_line=console.last_line() if console else "",
         resets=machine.resets,
         exit=machine.exit,
+        disk_error=machine.disk_error,
         autostart=spec.autostart,
+        protected=spec.protected,
         labels=dict(spec.labels),
+        trouble=machine.trouble,
+        adopted=_adopted(machine),
     )
+
+
+def _adopted(machine: Machine) -> AdoptedView | None:
+    """What is said of an adopted QEMU, until the machine runs in one that qmpd launched."""
+    adoption = machine.definition.adoption
+    ours = machine.alive and machine.launch is not None and machine.launch.uuid is None
+    return None if adoption is None or ours else adoption.view()

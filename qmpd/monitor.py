@@ -174,10 +174,11 @@ class _Session(QMPClient):
 
 
 class Monitor:
-    """A negotiated session with one QEMU; made by `connected`. `version` is QEMU's, like `7.2.22`."""
+    """A negotiated session with one QEMU; made by `connected`. `version` is QEMU's, like `7.2.22`; `peer_pid` who listens."""
 
-    def __init__(self, session: _Session, name: str) -> None:
+    def __init__(self, session: _Session, name: str, peer_pid: int) -> None:
         self.name = name
+        self.peer_pid = peer_pid
         self.version, self.oob = _greeting(session)
         self._session = session
         self._calls = session.calls
@@ -235,14 +236,15 @@ async def connected(path: str, *, name: str, peer_pid: int | None, deadline_s: f
     to it carries our own pid instead (the kernel notes who called listen(2), at the time of the connect), which is as good.
 
     Raises:
-        MonitorUnavailable: nobody listens there, somebody else does, or too many clients wait.
+        MonitorUnavailable: nobody listens there, or somebody else does.
         Busy: the host is out of descriptors or memory.
         QemuDied: the connection ended, or carried something that is not QMP, before the machine was built.
-        QemuSilent: no answer within `deadline_s`: QEMU hangs, or serves another client.
+        QemuSilent: no answer within `deadline_s`, or too many clients wait already: QEMU hangs, or serves another client.
     """
     session = _Session(name)
     with ExitStack() as undo:
-        sock = undo.enter_context(_dial(path, name, peer_pid))
+        sock, pid = _dial(path, name, peer_pid)
+        undo.callback(sock.close)
         try:
             async with asyncio.timeout(deadline_s):
                 await session.connect(sock)
@@ -252,28 +254,28 @@ async def connected(path: str, *, name: str, peer_pid: int | None, deadline_s: f
             raise QemuDied(f"{name}: the monitor ended before QEMU was ready: {_shorten(error.exc)}") from error
         undo.pop_all()  # the session has it now
     try:
-        monitor = Monitor(session, name)
+        monitor = Monitor(session, name, pid)
         _log.info("monitor connected", extra={"machine": name, "version": monitor.version, "oob": monitor.oob})
         yield monitor
     finally:
         await _close(session, name)
 
 
-def _dial(path: str, name: str, peer_pid: int | None) -> socket.socket:
+def _dial(path: str, name: str, peer_pid: int | None) -> tuple[socket.socket, int]:
     with ExitStack() as undo:
         try:
             sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             sock.setblocking(False)  # connecting to a local socket succeeds or fails at once
             sock.connect(path)
         except BlockingIOError as error:
-            raise MonitorUnavailable(f"{name}: too many clients wait for its monitor") from error
+            raise QemuSilent(f"{name}: QEMU takes no client, and too many wait for its monitor") from error
         except OSError as error:
             raise shortage(error) or MonitorUnavailable(f"{name}: no monitor at {path}: {_shorten(error)}") from error
         pid, _, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
         if peer_pid is not None and pid not in {peer_pid, os.getpid()}:
             raise MonitorUnavailable(f"{name}: the socket {path} belongs to process {pid}, not to {peer_pid}", pid=pid)
         undo.pop_all()
-        return sock
+        return sock, pid
 
 
 async def _close(session: _Session, name: str) -> None:

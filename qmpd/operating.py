@@ -78,6 +78,8 @@ async def shut_down(machine: Machine, request: ShutdownRequest) -> StopView:
     """
     budget = machine.definition.spec.shutdown_timeout_s if request.timeout_s is None else request.timeout_s
     if await _obeyed(machine, budget):
+        if _is_off(machine):
+            return StopView(machine=machine.view(), method="acpi", clean=True)
         return StopView(machine=machine.view(), method=_rung(machine.exit), clean=machine.exit is not None and machine.exit.clean)
     if request.then == "stop":
         return await power.stop(machine)
@@ -89,15 +91,20 @@ async def shut_down(machine: Machine, request: ShutdownRequest) -> StopView:
 
 
 async def _obeyed(machine: Machine, budget_s: float) -> bool:
-    """Presses the button; whether the machine ended in time. An end that was asked for is no reason to start it again."""
+    """Presses the button; whether the guest powered off in time. An end that was asked for is no reason to start it again."""
     before, machine.asked_to_end = machine.asked_to_end, True
     try:
         with contextlib.suppress(QemuDied):  # it may obey, or be ended by somebody else, before its answer is sent
             await power.power_down(machine)
-        return await machine.until(AT_REST, budget_s)
+        return await machine.when(lambda: machine.state in AT_REST or _is_off(machine), budget_s)
     finally:
         if machine.alive and machine.state is not State.STOPPING:
             machine.asked_to_end = before
+
+
+def _is_off(machine: Machine) -> bool:
+    """Whether the guest is off, and QEMU is there because the definition says so (`actions.shutdown`)."""
+    return machine.state is State.PAUSED and machine.status == "shutdown"
 
 
 def _rung(ended: ExitView | None) -> Literal["acpi", "quit", "sigterm", "sigkill"]:

@@ -10,6 +10,7 @@ import signal
 from typing import Final, Literal
 
 from qmpd.errors import QemuDied, QemuSilent, QmpdError
+from qmpd.failpoint import passing
 from qmpd.lifecycle import ANSWERING, AT_REST, Happening, State
 from qmpd.machine import Machine
 from qmpd.session import Session
@@ -17,6 +18,8 @@ from qmpd.views import StopView
 
 #: QEMU emits STOP and RESUME before it answers; a state that is this late was lost.
 EFFECT_DEADLINE_S: Final = 10.0
+#: QEMU only notes that the button was pressed. One that does not even do that must not use up the time in which it could be ended.
+BUTTON_DEADLINE_S: Final = 5.0
 #: `quit` flushes every disk before the process ends.
 QUIT_DEADLINE_S: Final = 30.0
 #: The same for SIGTERM, which QEMU handles in its main loop.
@@ -50,7 +53,7 @@ async def reset(machine: Machine) -> None:
 async def power_down(machine: Machine) -> None:
     """Presses the power button; what the guest makes of it is its own affair."""
     machine.require(frozenset({State.RUNNING}), "shut down")
-    await machine.session.monitor.execute("system_powerdown")
+    await machine.session.monitor.execute("system_powerdown", deadline_s=BUTTON_DEADLINE_S)
 
 
 async def stop(machine: Machine) -> StopView:
@@ -65,6 +68,7 @@ async def stop(machine: Machine) -> StopView:
     machine.happen(Happening.QUIT)
     answered = True
     try:
+        await passing("quit-send")
         await session.monitor.execute("quit", deadline_s=QUIT_DEADLINE_S)
     except QmpdError as error:
         _log.info("quit was not answered", extra={"machine": machine.name, "error": error.code})
@@ -82,14 +86,31 @@ async def kill(machine: Machine) -> StopView:
     session = await _asked_to_end(machine)
     if session is None:
         return StopView(machine=machine.view(), method="already-stopped", clean=True)
+    session.process.signal(signal.SIGKILL)  # before anybody is told that it ends: where it cannot be sent, nothing has happened
     if machine.state is not State.STOPPING:
         machine.happen(Happening.QUIT)
-    session.process.signal(signal.SIGKILL)
     if not await machine.until(AT_REST, KILL_DEADLINE_S):
         raise QemuSilent(
             f"the QEMU of machine {machine.name!r} does not end: the kernel is waiting for something", state=str(machine.state)
         )
     return _stopped(machine, "sigkill")
+
+
+async def power_off(machine: Machine) -> StopView:
+    """Ends the process with SIGTERM, which flushes every disk and asks neither the guest nor the monitor.
+
+    Raises:
+        NotProven: the process is not proven to be the machine's.
+        QemuSilent: the process is still there; only `kill` is left.
+    """
+    session = await _asked_to_end(machine)
+    if session is None:
+        return StopView(machine=machine.view(), method="already-stopped", clean=True)
+    machine.happen(Happening.QUIT)
+    session.process.signal(signal.SIGTERM)
+    if await machine.until(AT_REST, TERM_DEADLINE_S):
+        return _stopped(machine, "sigterm")
+    raise QemuSilent(f"machine {machine.name!r} is still there after SIGTERM; only kill is left", state=str(machine.state))
 
 
 def _stopped(machine: Machine, method: Literal["quit", "sigterm", "sigkill"]) -> StopView:
@@ -106,7 +127,11 @@ async def _asked_to_end(machine: Machine) -> Session | None:
     if machine.state in AT_REST:
         return None
     machine.asked_to_end = machine.has_process
-    return machine.session
+    session = machine.session
+    if session.disowned is not None:
+        machine.asked_to_end = False
+        raise session.disowned
+    return session
 
 
 async def _command(machine: Machine, command: str, wanted: State) -> None:

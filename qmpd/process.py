@@ -23,7 +23,8 @@ from typing import Final
 import msgspec
 
 from qmpd.capture import open_appending
-from qmpd.errors import LaunchFailed
+from qmpd.errors import HostError, LaunchFailed
+from qmpd.failpoint import failpoint, passing
 from qmpd.offload import off_loop
 from qmpd.shortage import shortage
 
@@ -84,11 +85,20 @@ class QemuProcess:
         return self.exit
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it a signal; does nothing once it has ended or was closed."""
+        """Send it a signal; does nothing once it has ended or was closed.
+
+        Raises:
+            HostError: the kernel does not let this daemon; the process has changed its user, say.
+        """
         if self._pidfd < 0:
             return
-        with contextlib.suppress(ProcessLookupError):
+        try:
+            failpoint("signal-send")
             signal.pidfd_send_signal(self._pidfd, number)
+        except ProcessLookupError:
+            pass  # it ended just now
+        except OSError as error:
+            raise HostError(f"{number.name} cannot be sent to process {self.identity.pid}: {error.strerror}") from error
 
     async def binary_replaced(self) -> bool:
         """Whether the file it was started from is another one now, or none: an upgrade came by. False once it has ended."""
@@ -156,9 +166,11 @@ async def launch(make: Callable[[], Gate], *, undo: Callable[[], object] = lambd
     process = QemuProcess(made.identity, made.pidfd, stderr_start=made.stderr_start)
     try:
         with contextlib.suppress(BrokenPipeError):  # somebody killed the gate: the exit tells
+            await passing("gate-go")
             os.write(made.pipe, _GO)
     finally:
         os.close(made.pipe)
+    await passing("gate-gone")
     return process
 
 
@@ -187,6 +199,7 @@ def _spawn(argv: tuple[str, ...], inherited: Sequence[int], cwd: str, stderr: st
         passed.callback(os.close, stdin)
         undo.callback(os.close, pipe)
         os.set_blocking(pipe, False)
+        failpoint("gate-spawn")
         # No preexec_fn: without one the child is made by vfork, which costs the same however large the daemon is.
         child = subprocess.Popen(
             ["/bin/sh", "-c", _GATE, "qmpd-gate", *argv],
@@ -204,7 +217,7 @@ def _spawn(argv: tuple[str, ...], inherited: Sequence[int], cwd: str, stderr: st
         pidfd = os.pidfd_open(child.pid)
         undo.callback(os.close, pidfd)
         resource.prlimit(child.pid, resource.RLIMIT_CORE, (0, 0))  # a core holds the guest's memory
-        identity = Identity(boot_id=boot_id(), pid=child.pid, start_time=_start_time(child.pid))
+        identity = Identity(boot_id=boot_id(), pid=child.pid, start_time=start_time(child.pid))
         undo.pop_all()
         child.returncode = 0  # Popen is done with it: it is reaped through the pidfd, once, when that says so
         return Gate(identity=identity, pidfd=pidfd, pipe=pipe, stderr_start=stderr_start)
@@ -229,7 +242,7 @@ def _claim(identity: Identity) -> int:
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, pidfd)
         # Read after the pidfd was opened: if the start time is right, the pidfd is the process that was recorded.
-        if _start_time(identity.pid) != identity.start_time:
+        if start_time(identity.pid) != identity.start_time:
             raise NotOurs(f"process {identity.pid} is another one, started at another time")
         undo.pop_all()
     return pidfd
@@ -240,7 +253,8 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
 
 
-def _start_time(pid: int) -> int:
+def start_time(pid: int) -> int:
+    """When a process was started, in the kernel's clock ticks since the boot. Blocks. Raises NotOurs when there is none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError) as error:

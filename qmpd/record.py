@@ -13,7 +13,9 @@ from typing import Final, Literal
 
 import msgspec
 
+from qmpd.failpoint import failpoint
 from qmpd.process import Identity
+from qmpd.processviews import AdoptedView
 from qmpd.spec import MachineSpec
 
 RECORD_NAME: Final = "launch.msgpack"
@@ -25,13 +27,36 @@ RECORD_LIMIT: Final = 4 * 1024 * 1024
 _log = logging.getLogger(__name__)
 
 
+class Adoption(msgspec.Struct, frozen=True, kw_only=True):
+    """A QEMU that somebody else started, and was taken over: who it is, where its monitor is and which UUID it says, what it was
+    found to be, and what qmpd cannot change (`fixed`) or did not understand (`unknown`) about it."""
+
+    at: str
+    identity: Identity
+    qmp: str
+    uuid: str
+    accel: Literal["kvm", "tcg"]
+    emulator: str
+    emulator_version: str
+    machine: str
+    started_at: str
+    fixed: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    def view(self) -> AdoptedView:
+        """What is shown of it."""
+        return AdoptedView(at=self.at, qmp=self.qmp, fixed=self.fixed, unknown=self.unknown)
+
+
 class Definition(msgspec.Struct, frozen=True, kw_only=True):
-    """A stored definition. `spec` has its UUID, versioned machine type and MAC addresses filled in."""
+    """A stored definition. `spec` has its UUID, versioned machine type and MAC addresses filled in. `adoption` is set as long as the
+    machine is, or last was, a QEMU that somebody else started."""
 
     spec: MachineSpec
     uuid: str
     created_at: str
     changed_at: str
+    adoption: Adoption | None = None
 
 
 class LaunchRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +76,32 @@ class LaunchRecord(msgspec.Struct, frozen=True, kw_only=True):
     started_at: str
     run_dir: str
     paused: bool = False
+    uuid: str | None = None
+
+    @property
+    def expected_uuid(self) -> str:
+        """What the process says when it is asked for its UUID: an adopted one may have another than its machine, or none."""
+        return self.uuid or self.definition.uuid
+
+
+def record_of_adopted(definition: Definition, adoption: Adoption, run_dir: str) -> LaunchRecord:
+    """The launch record of a process that was adopted, made from the stored definition alone."""
+    return LaunchRecord(
+        identity=adoption.identity,
+        definition=definition,
+        argv=(),
+        sockets={"qmp": adoption.qmp},
+        pipes={},
+        accel=adoption.accel,
+        accel_reason="chosen by whoever started it",
+        emulator=adoption.emulator,
+        emulator_version=adoption.emulator_version,
+        machine=adoption.machine,
+        started_at=adoption.started_at,
+        run_dir=run_dir,
+        paused=True,  # whether its guest runs is its owner's affair
+        uuid=adoption.uuid,
+    )
 
 
 def write_record(directory: str, record: LaunchRecord) -> None:
@@ -62,10 +113,13 @@ def write_record(directory: str, record: LaunchRecord) -> None:
     target = Path(directory) / RECORD_NAME
     temporary = target.with_suffix(".new")
     try:
+        failpoint("record-write")
         # Buffered: a single write(2) may take less than all of it on a disk that is nearly full, and say nothing.
         with open(temporary, "wb", opener=_private) as file:
             file.write(msgspec.msgpack.encode(record))
+        failpoint("record-written")
         temporary.rename(target)
+        failpoint("record-named")
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
@@ -99,6 +153,7 @@ def read_record(directory: str) -> LaunchRecord:
 def mark_begun(directory: str) -> None:
     """Notes that the guest was set going, so that nobody does it again for a guest that somebody has halted since. Blocks."""
     try:
+        failpoint("begun-mark")
         (Path(directory) / BEGUN_NAME).touch(mode=0o600)
     except OSError as error:
         _log.warning("that the guest was set going was not noted", extra={"directory": directory, "error": str(error)})
@@ -113,6 +168,7 @@ def remove_record(directory: str) -> None:
     """Forgets the record; the process it names is gone. What cannot be removed is found stale later. Blocks."""
     for name in (RECORD_NAME, BEGUN_NAME):
         try:
+            failpoint("record-remove")
             (Path(directory) / name).unlink(missing_ok=True)
         except OSError as error:
             _log.warning("launch record was not removed", extra={"directory": directory, "error": str(error)})

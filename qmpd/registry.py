@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -14,21 +14,23 @@ import msgspec
 
 from qmpd.catalogue import Catalogue
 from qmpd.console import Console
-from qmpd.endings import REBOOTED, UNSEEN, last
-from qmpd.errors import AlreadyExists, Held, HostError, NotFound, Problem, StaleRevision, invalid
+from qmpd.endings import last
+from qmpd.errors import AlreadyExists, Held, HostError, NotFound, Problem, Protected, QmpdError, StaleRevision, invalid
 from qmpd.facts import MachinePaths
+from qmpd.failpoint import passing
 from qmpd.filewatch import FileWatch
-from qmpd.lifecycle import AT_REST, Happening
+from qmpd.forgotten import is_forgotten
+from qmpd.lifecycle import AT_REST
 from qmpd.machine import Machine, Publish, now
 from qmpd.plan import console_port, mac_address, serial_ports
-from qmpd.process import NotOurs, adopt, boot_id
-from qmpd.record import Definition, LaunchRecord, read_record, remove_record
+from qmpd.record import Definition
 from qmpd.runlock import is_taken
 from qmpd.settings import Settings
-from qmpd.spec import MachineSpec, SerialConsole
-from qmpd.storage import remove_machine_files
-from qmpd.store import Lost, Store
+from qmpd.spec import BlankDisk, MachineSpec, SerialConsole
+from qmpd.storage import mark_finished, mark_unfinished, remove_machine_files, settle, unfinished
+from qmpd.store import Lost, Store, Unknown
 from qmpd.tasks import undivided
+from qmpd.views import ExitView
 
 #: Keys of the authority records.
 PREFIX: Final = "machine/"
@@ -68,6 +70,16 @@ class Registry:
         except KeyError:
             raise NotFound(f"there is no machine {name!r}", machine=name) from None
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The names in use: of machines, and of those that are being made."""
+        return frozenset(self._machines) | frozenset(self._being_made)
+
+    @property
+    def damaged(self) -> frozenset[str]:
+        """The names whose definitions cannot be read."""
+        return frozenset(self._damaged)
+
     def paths(self, name: str) -> MachinePaths:
         """Where the files of a machine of this name are."""
         return MachinePaths(run=f"{self._settings.run_dir}/m/{name}", state=f"{self._settings.state_dir}/machines/{name}")
@@ -82,63 +94,60 @@ class Registry:
                 _log.error("definition is damaged and was left alone", extra={"key": key, "error": str(error)})
                 self._damaged.add(key.removeprefix(PREFIX))
                 continue
-            await self._add(definition, record.revision)
-
-    async def find_processes(self) -> list[LaunchRecord]:
-        """What earlier daemons launched, and what may live, from the run directory."""
-        found = []
-        for directory in await asyncio.to_thread(_run_directories, f"{self._settings.run_dir}/m"):
+            self._add(definition, record.revision)
+        await self._look_back(list(self._machines.values()))
+        for own in await asyncio.to_thread(unfinished, f"{self._settings.state_dir}/machines"):
             try:
-                record = await asyncio.to_thread(read_record, directory)
-            except FileNotFoundError:
-                continue
-            except (ValueError, OSError) as error:
-                _log.error("launch record cannot be read and was left alone", extra={"directory": directory, "error": str(error)})
-                continue
-            if Path(directory).name != record.definition.spec.name:
-                _log.error("launch record is in another machine's directory and was left alone", extra={"directory": directory})
-                continue
-            found.append(record)
-        return found
+                await asyncio.to_thread(self._tidy, Path(own).name)
+            except OSError as error:
+                _log.error("what an earlier daemon did not finish was not cleared up", extra={"directory": own, "error": str(error)})
 
-    async def adopt(self, record: LaunchRecord) -> None:
-        """Takes over the process of a record if it still is that process.
+    def _tidy(self, name: str) -> None:
+        """Clears up what a daemon left that was killed while it created, replaced or deleted this machine. Blocks."""
+        paths = self.paths(name)
+        if name in self._machines:
+            settle(paths.state, self.disks_made(self._machines[name].definition.spec))
+        elif name not in self._damaged and not is_taken(paths.state):
+            _log.warning("files of a machine that was not finished are removed", extra={"machine": name})
+            for directory in (paths.run, paths.state):
+                remove_machine_files(directory)
 
-        A record whose machine the database does not know brings its definition along, so a lost database loses no machine.
+    def known(self, name: str) -> Machine | None:
+        """The machine of this name, if there is one."""
+        return self._machines.get(name)
+
+    async def admit(self, definition: Definition) -> Machine:
+        """A new machine whose process runs already. Its definition is stored, unless there is one of this name that cannot be read:
+        that is somebody's, stays as it is, and the machine is known from its process.
+
+        Raises:
+            Lost: somebody else stored one.
         """
-        name = record.definition.spec.name
-        try:
-            process = await adopt(record.identity)
-        except NotOurs as error:
-            _log.info("machine ended while no daemon ran", extra={"machine": name, "reason": str(error)})
-            if name in self._machines:
-                rebooted = record.identity.boot_id != await asyncio.to_thread(boot_id)
-                self._machines[name].ended_unseen(REBOOTED if rebooted else UNSEEN, rebooted=rebooted)
-            await asyncio.to_thread(remove_record, record.run_dir)
-            return
-        if name not in self._machines:
-            # A definition that is there and cannot be read is somebody's: it stays as it is, and the machine is known from its record.
-            known = name in self._damaged
-            revision = (
-                0 if known else await self._store.commit({PREFIX + name: 0}, {PREFIX + name: msgspec.msgpack.encode(record.definition)})
-            )
-            await self._add(record.definition, revision)
-        await self._machines[name].adopt(record, process, self.paths(name))
+        key = PREFIX + definition.spec.name
+        known = definition.spec.name in self._damaged
+        revision = 0 if known else await self._commit(key, 0, msgspec.msgpack.encode(definition))
+        machine = self._add(definition, revision)
+        await self._look_back([machine])
+        return machine
 
-    async def note_strays(self) -> None:
-        """Marks machines whose QEMU is alive without a record that could be used: they cannot be reached, and are not at rest."""
-        for machine in self:
-            if machine.state in AT_REST and await asyncio.to_thread(is_taken, self.paths(machine.name).state):
-                _log.error("a QEMU is alive without a launch record", extra={"machine": machine.name})
-                machine.lost()
+    async def give_up(self, machine: Machine) -> None:
+        """Removes a machine's definition, and nothing else. Raises StaleRevision when somebody changed it."""
+        await undivided(self._give_up(machine), f"forget:{machine.name}")
 
-    async def watch_strays(self) -> None:
-        """For ever: sees when such a QEMU ends. Its pid is not known, so its lock is looked at."""
-        while True:
-            await asyncio.sleep(STRAY_LOOK_S)
-            for machine in self:
-                if machine.stray and not await asyncio.to_thread(is_taken, self.paths(machine.name).state):
-                    machine.happen(Happening.DIED)
+    async def _give_up(self, machine: Machine) -> None:
+        if machine.revision:
+            try:
+                await self._commit(PREFIX + machine.name, machine.revision, None)
+            except Lost as error:
+                raise StaleRevision(f"machine {machine.name!r} was changed meanwhile", revision=error.actual) from error
+        del self._machines[machine.name]
+        machine.asked_to_end = True  # nobody shall start it again
+        self._publish("machine.forgotten", machine.name, {"uuid": machine.definition.uuid, "pid": machine.view().pid})
+
+    def disks_made(self, spec: MachineSpec) -> set[str]:
+        """The images that qmpd made for a definition."""
+        paths = self.paths(spec.name)
+        return {paths.disk(index, disk.format) for index, disk in enumerate(spec.disks) if isinstance(disk, BlankDisk)}
 
     def stderr_path(self, name: str) -> str:
         """Where what QEMU prints is kept."""
@@ -158,6 +167,9 @@ class Registry:
             raise AlreadyExists(f"there is a machine {name!r} already", machine=name)
         self._being_made[name] = None
         try:
+            if await asyncio.to_thread(is_forgotten, self.paths(name).state):
+                kept = f"the files of a forgotten machine {name!r} are in {self.paths(name).state}: move them away first"
+                raise Held(kept, holder="a forgotten machine")
             if await asyncio.to_thread(is_taken, self.paths(name).state):
                 raise Held(f"a QEMU of an unknown machine {name!r} is alive: end it by hand", holder="a running QEMU")
             yield
@@ -194,10 +206,14 @@ class Registry:
         definition = Definition(spec=spec, uuid=spec.uuid or "", created_at=moment, changed_at=moment)
         key = PREFIX + spec.name
         try:
-            revision = await self._store.commit({key: 0}, {key: msgspec.msgpack.encode(definition)})
+            revision = await self._commit(key, 0, msgspec.msgpack.encode(definition))
         except Lost as error:
             raise AlreadyExists(f"there is a machine {spec.name!r} already", machine=spec.name) from error
-        machine = await self._add(definition, revision, new=True)
+        except Unknown:
+            self._damaged.add(spec.name)  # the next daemon knows whether there is one
+            raise
+        await asyncio.to_thread(mark_finished, self.paths(spec.name).state)
+        machine = self._add(definition, revision)
         self._publish("machine.created", spec.name, {"board": spec.board, "revision": revision})
         return machine
 
@@ -208,16 +224,28 @@ class Registry:
         await undivided(self._replace(machine, spec, revision), f"replace:{machine.name}")
 
     async def _replace(self, machine: Machine, spec: MachineSpec, revision: int) -> None:
-        definition = msgspec.structs.replace(machine.definition, spec=spec, changed_at=now())
-        key = PREFIX + machine.name
+        await self._store_changed(machine, spec, revision)
+        self._equip(machine)
+        await self._look_back([machine])
+        self._publish("machine.replaced", machine.name, {"revision": machine.revision})
+
+    async def update(self, machine: Machine, spec: MachineSpec, revision: int) -> None:
+        """Stores a definition that differs in what no QEMU knows of, whether there is one or not. Raises StaleRevision."""
+        self.check_revision(machine, revision)
+        if spec != machine.definition.spec:
+            await undivided(self._update(machine, spec, revision), f"update:{machine.name}")
+
+    async def _update(self, machine: Machine, spec: MachineSpec, revision: int) -> None:
+        await self._store_changed(machine, spec, revision)
+        self._publish("machine.updated", machine.name, {"revision": machine.revision})
+
+    async def _store_changed(self, machine: Machine, spec: MachineSpec, revision: int) -> None:
+        definition = msgspec.structs.replace(machine.definition, spec=spec, changed_at=now(), adoption=None)
         try:
-            written = await self._store.commit({key: revision}, {key: msgspec.msgpack.encode(definition)})
+            written = await self._commit(PREFIX + machine.name, revision, msgspec.msgpack.encode(definition))
         except Lost as error:
             raise StaleRevision(f"machine {machine.name!r} was changed meanwhile", revision=error.actual) from error
         machine.definition, machine.revision = definition, written
-        self._equip(machine)
-        await _look_at_logs(machine)
-        self._publish("machine.replaced", machine.name, {"revision": written})
 
     def check_revision(self, machine: Machine, revision: int) -> None:
         """Raises StaleRevision when the definition is not of this revision any more."""
@@ -230,45 +258,93 @@ class Registry:
         """Deletes a machine at rest: its record first, then its files.
 
         Raises:
+            Protected: its definition says that it must not be deleted.
             StaleRevision: somebody changed it.
             HostError: it is deleted, but not all its files could be removed.
         """
         await self._check_free(machine)
-        await undivided(self._delete(machine), f"delete:{machine.name}")
+        if machine.definition.spec.protected:
+            raise Protected(f"machine {machine.name!r} is protected and cannot be deleted", field="protected")
+        await undivided(self._delete(machine, machine.revision), f"delete:{machine.name}")
 
     async def _check_free(self, machine: Machine) -> None:
         if await asyncio.to_thread(is_taken, self.paths(machine.name).state):
             raise Held(f"a QEMU of machine {machine.name!r} is alive", holder="a running QEMU", state=str(machine.state))
 
-    async def _delete(self, machine: Machine) -> None:
-        key = PREFIX + machine.name
+    async def _delete(self, machine: Machine, revision: int) -> None:
+        own = self.paths(machine.name).state
         try:
-            await self._store.commit({key: machine.revision}, {key: None})
-        except Lost as error:
-            raise StaleRevision(f"machine {machine.name!r} was changed meanwhile", revision=error.actual) from error
+            await asyncio.to_thread(mark_unfinished, own)
+        except QmpdError as error:
+            # Deleting makes room: it must not fail because there is none.
+            _log.warning("a deletion was not marked", extra={"machine": machine.name, "error": error.message})
+        try:
+            await self._commit(PREFIX + machine.name, revision, None)
+        except Unknown:
+            raise  # it may be gone: the next daemon sees what the mark means
+        except QmpdError as error:
+            if not (isinstance(error, Lost) and error.actual == 0):
+                await asyncio.to_thread(mark_finished, own)
+                if isinstance(error, Lost):
+                    raise StaleRevision(f"machine {machine.name!r} was changed meanwhile", revision=error.actual) from error
+                raise
+        await self._forget(machine)
+
+    async def _forget(self, machine: Machine) -> None:
+        """Follows the record that is gone: memory, and then files."""
         del self._machines[machine.name]
         machine.asked_to_end = True  # nobody shall start it again
         self._publish("machine.deleted", machine.name, {"uuid": machine.definition.uuid})
         async with self.reserved(machine.name):  # a new machine of this name must not lose its files to the old one
             paths = self.paths(machine.name)
             try:
-                for directory in (paths.state, paths.run):
+                for directory in (paths.run, paths.state):
                     await asyncio.to_thread(remove_machine_files, directory)
             except OSError as error:
                 raise HostError(f"machine {machine.name!r} is deleted, but not all its files: {error}") from error
 
-    async def _add(self, definition: Definition, revision: int, *, new: bool = False) -> Machine:
-        """A new machine has no past: neither an ending nor console logs to look at."""
-        name = definition.spec.name
+    async def _commit(self, key: str, revision: int, value: bytes | None) -> int:
+        """Writes a definition whose record is at `revision`; the new revision. A doubt is settled by committing the same again.
+
+        Raises:
+            Lost: somebody else wrote it.
+            Unknown: the second attempt did not settle it either.
+        """
+        await passing("definition-commit")
+        write = self._store.commit
+        try:
+            written = await write({key: revision}, {key: value})
+        except Unknown:
+            try:
+                written = await write({key: revision}, {key: value})
+            except Lost as lost:
+                found = (await self._store.read(key)).records.get(key)
+                if (None if found is None else found.value) != value:
+                    raise
+                written = lost.actual  # the first attempt had happened
+        await passing("definition-committed")
+        return written
+
+    def _add(self, definition: Definition, revision: int) -> Machine:
         machine = Machine(definition, revision, self._publish)
         machine.on_end = self._ended
-        if not new:
-            machine.exit = await asyncio.to_thread(last, self.paths(name).state)
-        self._machines[name] = machine
+        self._machines[machine.name] = machine
         self._equip(machine)
-        if not new:
-            await _look_at_logs(machine)
         return machine
+
+    async def _look_back(self, machines: Sequence[Machine]) -> None:
+        """What earlier daemons left of these machines: how they ended, and how long their console logs are. One step for all of them."""
+        states = {machine: self.paths(machine.name).state for machine in machines}
+        consoles = [console for machine in machines for console in machine.consoles.values()]
+
+        def look() -> tuple[list[ExitView | None], list[tuple[int, bytes] | None]]:
+            return [last(state) for state in states.values()], [console.look() for console in consoles]
+
+        endings, logs = await asyncio.to_thread(look)
+        for machine, ending in zip(states, endings, strict=True):
+            machine.exit = ending
+        for console, seen in zip(consoles, logs, strict=True):
+            console.note(seen)
 
     def _ended(self, machine: Machine) -> None:
         self.on_end(machine)
@@ -299,15 +375,3 @@ class Registry:
     def running(self) -> list[Machine]:
         """The machines that have a process."""
         return [machine for machine in self._machines.values() if machine.state not in AT_REST]
-
-
-async def _look_at_logs(machine: Machine) -> None:
-    for console in machine.consoles.values():
-        await console.load()
-
-
-def _run_directories(parent: str) -> list[str]:
-    try:
-        return sorted(str(path) for path in Path(parent).iterdir() if path.is_dir())
-    except FileNotFoundError:
-        return []

@@ -27,16 +27,17 @@ def delay_before_restart(policy: RestartPolicy, *, failed: bool, attempts: int) 
 
 
 class Restarts:
-    """Watches how machines end. `start` starts one by name and says whether that worked."""
+    """Watches how machines end. `start` starts one by name and says whether that worked; `wanted`, whether any shall be started."""
 
-    def __init__(self, tasks: Tasks, start: Callable[[str], Awaitable[bool]]) -> None:
+    def __init__(self, tasks: Tasks, start: Callable[[str], Awaitable[bool]], wanted: Callable[[], bool] = lambda: True) -> None:
+        self._wanted = wanted
         self._tasks = tasks
         self._start = start
         self._attempts: dict[str, int] = {}
 
     def ended(self, machine: Machine) -> None:
         """To be called whenever a machine's QEMU is gone."""
-        if machine.asked_to_end:
+        if machine.asked_to_end or not self._wanted():
             self._attempts.pop(machine.name, None)
         else:
             self._again(machine, failed=machine.exit is None or not machine.exit.clean, ran_s=machine.ran_s)

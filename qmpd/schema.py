@@ -61,6 +61,10 @@ FEATURE_MARKS: Final = (
     "object-add.qom-type=iothread",
     "object-add.qom-type=monitor-qmp",
     "screendump.format=png",
+    *(f"set-action.panic={value}" for value in ("exit-failure", "none", "pause", "shutdown")),
+    *(f"set-action.reboot={value}" for value in ("reset", "shutdown")),
+    *(f"set-action.shutdown={value}" for value in ("pause", "poweroff")),
+    *(f"set-action.watchdog={value}" for value in ("debug", "inject-nmi", "none", "pause", "poweroff", "reset", "shutdown")),
 )
 
 

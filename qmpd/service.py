@@ -9,25 +9,30 @@ from collections.abc import Mapping
 import msgspec
 
 from qmpd import __version__, operating, power
-from qmpd.access import Caller
+from qmpd.access import OURSELVES, Caller, in_scope
 from qmpd.board import NamedBoard
 from qmpd.bus import Bus
 from qmpd.console import Console, port_of
 from qmpd.errors import NotYet, Problem, RevisionRequired, invalid
 from qmpd.expecting import expect
 from qmpd.facts import World
+from qmpd.hostshutdown import HostShutdown
 from qmpd.inventory import Inventory
 from qmpd.jobs import Jobs
 from qmpd.journal import Journal
 from qmpd.launching import Launch
 from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine, now
-from qmpd.metrics import Metrics
 from qmpd.plan import plan, resolve
 from qmpd.registry import Registry
+from qmpd.rescue import Rescue
 from qmpd.settings import Settings
-from qmpd.spec import MachineSpec
-from qmpd.storage import make, remove_machine_files
+from qmpd.spec import Limits, MachineChanges, MachineSpec, changed
+from qmpd.storage import clear_place, clear_unfinished, make, mark_finished, mark_unfinished, settle
+from qmpd.store import Unknown
+from qmpd.takeover import startable
+from qmpd.tokens import Tokens
+from qmpd.upkeep import Upkeep
 from qmpd.validation import disk_changes, problems, warnings
 from qmpd.views import (
     BoardView,
@@ -38,6 +43,7 @@ from qmpd.views import (
     EventPage,
     ExpectRequest,
     ExpectResult,
+    HostShutdownRequest,
     JobList,
     JobView,
     MachineList,
@@ -67,15 +73,20 @@ class Service:
         journal: Journal,
         bus: Bus,
         jobs: Jobs,
+        upkeep: Upkeep,
+        tokens: Tokens,
     ) -> None:
         self.bus = bus
+        self.tokens = tokens
+        self.upkeep = upkeep
         self._settings = settings
         self._registry = registry
         self._worlds = worlds
         self._inventory = inventory
         self.journal = journal
         self._jobs = jobs
-        self._metrics = Metrics(registry, bus)
+        self.host = HostShutdown(registry)
+        self.rescue = Rescue(registry, inventory.catalogue, bus.publish, settings.run_dir)
         self._starting = asyncio.Semaphore(settings.parallel_starts)
         self._started_at = now()
 
@@ -100,10 +111,6 @@ class Service:
     async def check(self) -> CheckReport:
         """What this host can do, and what would mend what it cannot."""
         return await self._inventory.check(self._settings.state_dir)
-
-    def metrics(self) -> bytes:
-        """The metrics of this daemon."""
-        return self._metrics.text()
 
     # Definitions.
 
@@ -133,12 +140,16 @@ class Service:
         async with self._registry.reserved(spec.name):
             complete, made = await self._completed(spec)
             state_dir = self._registry.paths(spec.name).state
-            await asyncio.to_thread(remove_machine_files, state_dir)
+            await asyncio.to_thread(clear_place, state_dir)
             try:
+                await asyncio.to_thread(mark_unfinished, state_dir)
                 await make(made.plan.blank_images, made.plan.copies)
                 machine = await self._registry.create(complete)
+            except Unknown:
+                raise  # it may be stored: the next daemon knows, and does what is right with the files
             except BaseException:
-                await asyncio.to_thread(remove_machine_files, state_dir)
+                # Not so for a caller that went away meanwhile: what was stored has its files.
+                await asyncio.to_thread(clear_unfinished, state_dir)
                 raise
         if start:
             await self._start(machine, made, paused=paused)
@@ -159,8 +170,26 @@ class Service:
             if changed:
                 raise invalid(changed)
             complete, made = await self._completed(msgspec.structs.replace(spec, uuid=spec.uuid or kept.uuid))
-            await make(made.plan.blank_images, made.plan.copies)
-            await self._registry.replace(machine, complete, revision)
+            kept_disks = self._registry.disks_made(kept.spec)
+            new = tuple(image for image in made.plan.blank_images if image.path not in kept_disks)
+            state_dir = self._registry.paths(name).state
+            try:
+                if new:
+                    await asyncio.to_thread(mark_unfinished, state_dir)
+                await make(made.plan.blank_images, made.plan.copies)
+                await self._registry.replace(machine, complete, revision)
+            except Unknown:
+                raise  # it may be stored: the next daemon knows
+            except BaseException:
+                await asyncio.to_thread(settle, state_dir, self._registry.disks_made(machine.definition.spec))
+                raise
+            await asyncio.to_thread(mark_finished, state_dir)
+        return machine.view()
+
+    async def update(self, name: str, changes: MachineChanges, revision: int) -> MachineView:
+        """Changes of a definition what no QEMU knows of, in any state of the machine."""
+        machine = self._registry.get(name)
+        await self._registry.update(machine, changed(machine.definition.spec, changes), revision)
         return machine.view()
 
     async def delete(self, name: str, revision: int | None) -> None:
@@ -172,14 +201,23 @@ class Service:
                 self._registry.check_revision(machine, revision)
             await self._registry.delete(machine)
 
-    def machines(self, labels: Mapping[str, str], state: State | None) -> MachineList:
-        """The machines that carry all `labels` and are in `state`, as their tasks know them."""
-        views = (machine.view() for machine in self._registry if labels.items() <= machine.definition.spec.labels.items())
+    def machines(self, labels: Mapping[str, str], state: State | None, caller: Caller = OURSELVES) -> MachineList:
+        """The machines that exist for the caller, carry all `labels` and are in `state`, as their tasks know them."""
+        wanted = (machine for machine in self._registry if labels.items() <= machine.definition.spec.labels.items())
+        views = (machine.view() for machine in wanted if in_scope(machine.definition.spec.labels, caller))
         return MachineList(machines=tuple(view for view in views if state in (None, view.state)), event=self.bus.last)
 
     def machine(self, name: str) -> MachineView:
         """One machine."""
         return self._registry.get(name).view()
+
+    def exists_for(self, caller: Caller, name: str | None) -> bool:
+        """Whether a machine exists for this caller; None stands for the whole host, which exists for those who may see all machines."""
+        if not caller.labels:
+            return True
+        return name is not None and any(
+            machine.name == name and in_scope(machine.definition.spec.labels, caller) for machine in self._registry
+        )
 
     def definition(self, name: str) -> DefinitionView:
         """What the user said about a machine."""
@@ -205,7 +243,9 @@ class Service:
 
     async def kill(self, name: str) -> StopView:
         """Ends a machine's QEMU at once, whoever holds the machine."""
-        return await power.kill(self._registry.get(name))
+        machine = self._registry.get(name)
+        await self.rescue.recovery.look_again(machine)
+        return await power.kill(machine)
 
     async def reset(self, name: str) -> MachineView:
         """Resets a machine."""
@@ -232,6 +272,11 @@ class Service:
             async with machine.held("shutdown"):
                 pass
         return await self._jobs.begin("shutdown", name, work)
+
+    async def shutdown_host(self, request: HostShutdownRequest) -> JobView:
+        """Ends all machines, as a job; until it has ended none can be started. Raises GoingDown when that is under way already."""
+        self.host.refuse()
+        return await self._jobs.begin_reporting("host-shutdown", None, lambda report: self.host.run(request, report))
 
     async def wait(self, name: str, states: frozenset[State], timeout_s: float) -> MachineView:
         """Waits until a machine is in one of `states`. Raises NotYet with its state when it was not in time."""
@@ -300,13 +345,16 @@ class Service:
             stderr_path=self._registry.stderr_path(spec.name),
             machine=resolve(spec, named, world).machine,
             emulator_version=world.emulator.version,
+            confiner=None if spec.limits == Limits() else self._worlds.confiner,
         )
 
     async def _start(self, machine: Machine, launch: Launch | None, *, paused: bool) -> None:
         async with machine.held("start"):
             machine.require(AT_REST, "start")
-            launch = launch or await self._launch(machine.definition.spec)
+            self.host.refuse()
+            launch = launch or await self._launch(startable(machine.definition))
             async with self._starting:
+                self.host.refuse()
                 await machine.start(msgspec.structs.replace(launch, paused=paused))
 
     async def _completed(self, spec: MachineSpec) -> tuple[MachineSpec, Launch]:

@@ -7,13 +7,16 @@ on. It reports to its owner what happens, and decides nothing about the machine.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Final, Protocol
+from contextlib import AsyncExitStack
+from typing import Final, Literal, Protocol
 
-from qmpd.capture import stderr_tail
-from qmpd.errors import Busy, LaunchFailed, MonitorUnavailable, QemuDied, QemuSilent, QmpdError
+from qmpd.capture import tail_of
+from qmpd.diskerrors import IO_ERROR
+from qmpd.errors import Busy, LaunchFailed, MonitorUnavailable, NotProven, QemuDied, QemuRefused, QemuSilent, QmpdError
 from qmpd.lifecycle import Happening
 from qmpd.monitor import EventsLost, Monitor, QmpEvent, connected
 from qmpd.process import ExitStatus, QemuProcess
@@ -25,6 +28,8 @@ READY_DEADLINE_S: Final = 60.0
 GREETING_DEADLINE_S: Final = 5.0
 #: A lost monitor is tried again this often while the process lives.
 RECONNECT_S: Final = 1.0
+#: Somebody who asks for an attempt may have to wait for the one under way, and then for their own: each greets and is asked twice.
+RETRY_DEADLINE_S: Final = 35.0
 #: A QEMU that ends closes its monitor before its disks are flushed and it is gone.
 GRACE_S: Final = 5.0
 #: When the process has gone the kernel has closed its sockets: what it said last is there to be read.
@@ -47,16 +52,31 @@ class Owner(Protocol):
     def set_status(self, status: str) -> None:
         """QEMU's own word for the run state changed."""
 
+    def take_blocks(self, blocks: object) -> None:
+        """QEMU's answer to `query-block`, of a guest that is halted because a disk failed."""
+
     def take_event(self, event: QmpEvent) -> None:
         """QEMU sent an event (a coalesced one stands for `count`)."""
 
+    def set_trouble(self, reason: str) -> None:
+        """QEMU cannot be reached, or does not answer; told before the happening that says so."""
+
 
 class Session:
-    """A live process and the way to talk to it. `shutdown_reason` is QMP's, once QEMU said that it shuts down."""
+    """A live process and the way to talk to it. `shutdown_reason` is QMP's, once QEMU said that it shuts down.
 
-    def __init__(self, owner: Owner, name: str, process: QemuProcess, sockets: Mapping[str, str], stderr_path: str) -> None:
+    `disowned` says why the process is not taken for the machine's, if it is not: it is neither asked nor signalled then.
+    """
+
+    def __init__(self, owner: Owner, name: str, process: QemuProcess, sockets: Mapping[str, str], stderr_path: str, uuid: str) -> None:
         self.process = process
         self.shutdown_reason: str | None = None
+        self.disowned: NotProven | None = None
+        self._uuid = uuid
+        self._nudge = asyncio.Event()
+        self._tried = asyncio.Event()
+        self._begun = self._concluded = 0
+        self._failure: QmpdError | None = None
         self._owner = owner
         self._name = name
         self._sockets = sockets
@@ -97,13 +117,38 @@ class Session:
             raise QemuDied("QEMU's answer to query-status is not a map")
         status = str(answer.get("status"))
         self._owner.set_status(status)
+        if status == IO_ERROR:
+            with contextlib.suppress(QemuRefused):  # which disk it was is for people, and what else there is to know is known
+                self._owner.take_blocks(await monitor.execute("query-block"))
         self._owner.happen(Happening.RAN if answer.get("running") is True else Happening.HALTED)
         return status
 
-    async def stderr(self) -> str:
-        """The end of what QEMU printed; nothing where that cannot be read."""
+    async def retry(self) -> None:
+        """Tries now what is tried every second anyway: to reach QEMU, or to get an answer from it.
+
+        Raises:
+            MonitorUnavailable, QemuDied: it cannot be reached.
+            QemuSilent: it does not answer.
+            NotProven: what answers is not this machine's QEMU.
+        """
+        if self._monitor is not None:
+            await self.ask_status(self._monitor)
+            return
+        wanted = self._begun + 1  # an attempt that is under way began before we were asked
+        self._nudge.set()
         try:
-            return await stderr_tail(self._stderr_path, start=self.process.stderr_start)
+            async with asyncio.timeout(RETRY_DEADLINE_S):
+                while self._concluded < wanted and self.process.exit is None:
+                    await self._tried.wait()
+        except TimeoutError as error:
+            raise QemuSilent(f"the attempt to reach machine {self._name!r} takes longer than {RETRY_DEADLINE_S:g} s") from error
+        if self._failure is not None and self.process.exit is None:
+            raise self._failure
+
+    def last_words(self) -> str:
+        """The end of what QEMU printed; nothing where that cannot be read. Blocks."""
+        try:
+            return tail_of(self._stderr_path, self.process.stderr_start)
         except OSError as error:
             _log.warning("standard error of QEMU cannot be read", extra={"machine": self._name, "error": str(error)})
             return ""
@@ -142,34 +187,61 @@ class Session:
 
     async def _reconnect(self, first_attempt: Callable[[], None] | None = None, *, paused: bool = True) -> None:
         async def begin(monitor: Monitor) -> None:
+            await self._prove(monitor)
             status = await self.ask_status(monitor)
             if status == "prelaunch" and not paused:
                 await monitor.execute("cont")
+            self._conclude(None)
             if first_attempt is not None:
                 first_attempt()
 
         while self.process.exit is None:
+            self._begun += 1
+            self._nudge.clear()
             try:
                 await self._converse(begin, GREETING_DEADLINE_S)
-            except QemuSilent:
-                self._report(Happening.SILENT)
-            except QmpdError:  # also what is wrong on our side, descriptors that ran out say: the process lives all the same
-                self._report(Happening.DISCONNECTED)
+            except QemuSilent as error:
+                self._report(Happening.SILENT, error)
+            except QmpdError as error:  # also what is wrong on our side, descriptors that ran out say: the process lives all the same
+                self._report(Happening.DISCONNECTED, error)
             else:
                 await self._pause(GRACE_S)
-                self._report(Happening.DISCONNECTED)
+                self._report(Happening.DISCONNECTED, MonitorUnavailable("QEMU closed the monitor connection"))
             await self._pause(0)
             if first_attempt is not None and self.process.exit is None:
                 first_attempt()
-            await self._pause(RECONNECT_S)
+            # What is not ours may not want to be asked every second: only somebody who says so asks it again.
+            await self._pause(None if self.disowned else RECONNECT_S, self._nudge)
 
-    def _report(self, happening: Happening) -> None:
+    async def _prove(self, monitor: Monitor) -> None:
+        answer = await monitor.execute("query-uuid")
+        found = answer.get("UUID") if isinstance(answer, dict) else None
+        if found != self._uuid:
+            pid = self.process.identity.pid
+            message = f"process {pid} is another QEMU: it says that its UUID is {found}, and that of {self._name!r} is {self._uuid}"
+            self.disowned = NotProven(message, uuid=found, pid=pid)
+            raise self.disowned
+        self.disowned = None
+
+    def _report(self, happening: Happening, error: QmpdError) -> None:
         if self.process.exit is None:
+            self._owner.set_trouble(error.message)
             self._owner.happen(happening)
+        self._conclude(error)
 
-    async def _pause(self, seconds: float) -> None:
-        async with alongside(self.process.wait(), f"pause:{self._name}") as exiting:
-            await asyncio.wait([exiting], timeout=seconds)
+    def _conclude(self, failure: QmpdError | None) -> None:
+        self._concluded, self._failure = self._begun, failure
+        tried, self._tried = self._tried, asyncio.Event()
+        tried.set()
+
+    async def _pause(self, seconds: float | None, nudge: asyncio.Event | None = None) -> None:
+        """Waits, but not longer than the process lives, nor when somebody is in a hurry."""
+        async with AsyncExitStack() as stack:
+            waits: list[asyncio.Task[ExitStatus] | asyncio.Task[Literal[True]]] = []
+            waits.append(await stack.enter_async_context(alongside(self.process.wait(), f"pause:{self._name}")))
+            if nudge is not None:
+                waits.append(await stack.enter_async_context(alongside(nudge.wait(), f"nudge:{self._name}")))
+            await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
 
     async def _converse(self, begin: Begin, deadline_s: float) -> None:
         """One monitor session, until QEMU ends it."""
@@ -190,14 +262,22 @@ class Session:
             if isinstance(event, EventsLost):
                 await self._ask_again(monitor)
                 continue
-            if event.name == "SHUTDOWN":
-                self.shutdown_reason = str(event.data.get("reason", "unknown"))
+            self._note_reason(event)
             self._owner.take_event(event)
             if event.name == "RESUME":
                 self._owner.set_status("running")
                 self._owner.happen(Happening.RAN)
             elif event.name in ASK_AFTER:
                 await self._ask_again(monitor)
+
+    def _note_reason(self, event: QmpEvent) -> None:
+        """Keeps why QEMU is about to end: of a guest that was powered off and reset since, nothing is left."""
+        if event.name == "SHUTDOWN":
+            self.shutdown_reason = str(event.data.get("reason", "unknown"))
+        elif event.name == "WATCHDOG" and event.data.get("action") == "poweroff":
+            self.shutdown_reason = "watchdog"  # QEMU exits on the spot, with status 0 and without SHUTDOWN
+        elif event.name == "RESET":
+            self.shutdown_reason = None
 
     async def _ask_again(self, monitor: Monitor) -> None:
         """Asks until there is an answer or the session ends: a change that was not followed up would never be noticed."""
@@ -215,6 +295,7 @@ class Session:
         try:
             while True:
                 await monitor.wait_silent()
+                self._owner.set_trouble("the answer to a command is overdue: its main loop is blocked, or the process is stopped")
                 self._owner.happen(Happening.SILENT)
                 await monitor.wait_silent(False)
                 await self._ask_again(monitor)
@@ -228,7 +309,7 @@ class Session:
         if hung:
             self.process.signal(signal.SIGKILL)
         status = await self.process.wait()
-        tail = await self.stderr()
+        tail = await asyncio.to_thread(self.last_words)
         how = "was not ready in time and was ended" if hung else f"ended with {describe(status)} before it was ready"
         return LaunchFailed(f"QEMU {how}: {_reason(tail) or error.message}", exit=describe(status), stderr=tail)
 

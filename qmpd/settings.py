@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
 from qmpd.spec import Path
 
+LogFormat = Literal["auto", "text", "json"]
+#: An address and a port: `192.0.2.1:8443`, `[2001:db8::1]:8443`; names are resolved.
+Address = Annotated[str, Meta(pattern=r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$", max_length=270)]
+
+
+#: Of the API, in the run directory.
+SOCKET_NAME: Final = "qmpd.sock"
+
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an administrator may set in `qmpd.toml`. Everything has a default.
 
     `pools` are the directories from which definitions may name files. `raw_options` allows `extra_args`. `qmp_users` are the
-    users who may send any QMP command, by name; everybody else may send those that only read.
+    users who may send any QMP command, by name; everybody else may send those that only read. `pki_dir` holds the certificates
+    for the API over TCP and for migration. `log_format` is how the daemon logs:
+    `text` or `json`, one event per line on standard error; `auto` is systemd's journal where standard error leads there, else text.
+    `machines_cgroup` is a directory of cgroup v2 that was given to the daemon's user; machines with limits get their own in it.
+    Without it they become scopes of systemd. `listen` are the addresses where the API is offered over TLS too; a caller there needs a
+    token or a certificate.
     """
 
     socket: Path
     state_dir: Path
     run_dir: Path
     cache_dir: Path
+    pki_dir: Path
     socket_group: str | None = None
     boards: tuple[Path, ...] = ()
     emulators: tuple[Path, ...] = ()
@@ -31,6 +45,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     console_log_mib: Annotated[int, Meta(ge=1, le=65_536)] = 16
     events_kept: Annotated[int, Meta(ge=100, le=10_000_000)] = 100_000
     parallel_starts: Annotated[int, Meta(ge=1, le=1024)] = 8
+    log_format: LogFormat = "auto"
+    machines_cgroup: Path | None = None
+    listen: tuple[Address, ...] = ()
 
 
 class SettingsFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,6 +58,7 @@ class SettingsFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     state_dir: Path | None = None
     run_dir: Path | None = None
     cache_dir: Path | None = None
+    pki_dir: Path | None = None
     boards: tuple[Path, ...] | None = None
     emulators: tuple[Path, ...] | None = None
     pools: tuple[Path, ...] | None = None
@@ -49,15 +67,19 @@ class SettingsFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     console_log_mib: Annotated[int, Meta(ge=1, le=65_536)] | None = None
     events_kept: Annotated[int, Meta(ge=100, le=10_000_000)] | None = None
     parallel_starts: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    log_format: LogFormat | None = None
+    machines_cgroup: Path | None = None
+    listen: tuple[Address, ...] | None = None
 
 
 def system_defaults() -> Settings:
     """The settings of the daemon of a whole host: files only from where an administrator puts images, kernels and firmware."""
     return Settings(
-        socket="/run/qmpd/qmpd.sock",
+        socket=f"/run/qmpd/{SOCKET_NAME}",
         state_dir="/var/lib/qmpd",
         run_dir="/run/qmpd",
         cache_dir="/var/cache/qmpd",
+        pki_dir="/etc/qmpd/pki",
         pools=("/var/lib/qmpd/images", "/srv", "/boot", "/usr/share", "/usr/lib"),
         raw_options=False,
         qmp_users=("root",),
@@ -70,22 +92,29 @@ def user_defaults(user: str, home: str, environ: Mapping[str, str]) -> Settings:
     state = environ.get("XDG_STATE_HOME") or f"{home}/.local/state"
     cache = environ.get("XDG_CACHE_HOME") or f"{home}/.cache"
     return Settings(
-        socket=f"{runtime}/qmpd/qmpd.sock",
+        socket=f"{runtime}/qmpd/{SOCKET_NAME}",
         state_dir=f"{state}/qmpd",
         run_dir=f"{runtime}/qmpd",
         cache_dir=f"{cache}/qmpd",
+        pki_dir=f"{_user_config(home, environ)}/pki",
         qmp_users=(user,),
     )
 
 
-def config_path(uid: int, home: str, environ: Mapping[str, str]) -> str:
-    """Where the configuration file is looked for."""
-    if uid == 0:
+def config_path(home: str, environ: Mapping[str, str], *, system: bool) -> str:
+    """Where the configuration file of the host's daemon or of a user's is looked for."""
+    if system:
         return "/etc/qmpd/qmpd.toml"
-    return f"{environ.get('XDG_CONFIG_HOME') or home + '/.config'}/qmpd/qmpd.toml"
+    return f"{_user_config(home, environ)}/qmpd.toml"
+
+
+def _user_config(home: str, environ: Mapping[str, str]) -> str:
+    return f"{environ.get('XDG_CONFIG_HOME') or home + '/.config'}/qmpd"
 
 
 def merged(defaults: Settings, changes: SettingsFile) -> Settings:
-    """The defaults with what was set."""
+    """The defaults with what was set. A socket that was not set is in the run directory, wherever that is."""
     given = {name: value for name in SettingsFile.__struct_fields__ if (value := getattr(changes, name)) is not None}
+    if "run_dir" in given:
+        given.setdefault("socket", f"{given['run_dir']}/{SOCKET_NAME}")
     return msgspec.structs.replace(defaults, **given)

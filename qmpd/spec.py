@@ -49,11 +49,17 @@ Text = Annotated[str, Meta(pattern=TEXT_PATTERN, max_length=4096)]
 Label = Annotated[str, Meta(pattern=TEXT_PATTERN, max_length=256)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
+#: Negative ones, so that something can come before what was there already.
+Order = Annotated[int, Meta(ge=-1000, le=1000)]
+#: As cgroup v2 has them: 100 is what everybody has.
+Weight = Annotated[int, Meta(ge=1, le=10_000)]
 OptionValue = str | int | bool
 
 Accel = Literal["auto", "kvm", "tcg"]
 DiskFormat = Literal["raw", "qcow2"]
 BootDevice = Literal["disk", "cdrom", "network"]
+#: What becomes of an error of the disk's image, in QEMU's words for `werror`.
+DiskErrors = Literal["enospc", "stop", "report", "ignore"]
 
 
 class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -122,6 +128,7 @@ class ImageDisk(Document, frozen=True, kw_only=True, tag_field="kind", tag="imag
     read_only: bool = False
     serial: Word | None = None
     discard: bool = True
+    on_error: DiskErrors = "enospc"
 
 
 class BlankDisk(Document, frozen=True, kw_only=True, tag_field="kind", tag="blank"):
@@ -132,6 +139,7 @@ class BlankDisk(Document, frozen=True, kw_only=True, tag_field="kind", tag="blan
     bus: Word | None = None
     serial: Word | None = None
     discard: bool = True
+    on_error: DiskErrors = "enospc"
 
 
 Disk = ImageDisk | BlankDisk
@@ -189,12 +197,43 @@ class VncDisplay(Document, frozen=True, kw_only=True, tag_field="kind", tag="vnc
 Display = NoDisplay | VncDisplay
 
 
+class Actions(Document, frozen=True, kw_only=True):
+    """What QEMU does when something happens to the guest, in QEMU's own words; the defaults are QEMU's but for `panic`.
+
+    QEMU would end on a panic, with the exit status of success; here the machine is kept for inspection unless something else is said.
+    """
+
+    panic: Literal["pause", "shutdown", "exit-failure", "none"] = "pause"
+    reboot: Literal["reset", "shutdown"] = "reset"
+    shutdown: Literal["poweroff", "pause"] = "poweroff"
+    watchdog: Literal["reset", "shutdown", "poweroff", "pause", "debug", "none", "inject-nmi"] = "reset"
+
+
+class Watchdog(Document, frozen=True, kw_only=True):
+    """A watchdog device (default: the board's first); what it does when it fires is in `actions`."""
+
+    model: Word | None = None
+
+
 class RestartPolicy(Document, frozen=True, kw_only=True):
     """What to do when QEMU ends without having been asked to."""
 
     when: Literal["never", "on-failure", "always"] = "never"
     limit: Annotated[int, Meta(ge=1, le=1000)] = 5
     backoff_s: Annotated[float, Meta(ge=0.1, le=3600)] = 1.0
+
+
+class Limits(Document, frozen=True, kw_only=True):
+    """What QEMU may take of the host, all its threads together: the guest's RAM and processors, and QEMU's own needs.
+
+    `cpu_percent` and `memory_max_mib` are never exceeded; the weights (of everybody's 100) count only while several want the same.
+    """
+
+    cpu_percent: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+    cpu_weight: Weight | None = None
+    memory_max_mib: Annotated[int, Meta(ge=1, le=2 * MAX_MEMORY_MIB)] | None = None
+    io_weight: Weight | None = None
+    tasks_max: Annotated[int, Meta(ge=64, le=4_194_304)] | None = None
 
 
 class MachineSpec(Document, frozen=True, kw_only=True):
@@ -221,9 +260,39 @@ class MachineSpec(Document, frozen=True, kw_only=True):
     devices: Annotated[tuple[dict[str, object], ...], Meta(max_length=64)] = ()
     extra_args: Annotated[tuple[Text, ...], Meta(max_length=256)] = ()
     labels: Annotated[dict[Word, Label], Meta(max_length=MAX_LABELS)] = {}
+    actions: Actions = Actions()
+    watchdog: Watchdog | None = None
+    limits: Limits = Limits()
     restart: RestartPolicy = RestartPolicy()
+    resume_when_space: bool = False
     autostart: bool = False
+    autostart_order: Order = 0
+    autostart_delay_s: Seconds = 0.0
     shutdown_timeout_s: Seconds = 60.0
+    protected: bool = False
+
+
+class MachineChanges(Document, frozen=True, kw_only=True):
+    """What of a definition may change while the machine runs, because its QEMU knows nothing of it. What is left out stays as it is.
+
+    `labels` and `restart` are replaced as a whole.
+    """
+
+    title: Text | None = None
+    labels: Annotated[dict[Word, Label], Meta(max_length=MAX_LABELS)] | None = None
+    restart: RestartPolicy | None = None
+    resume_when_space: bool | None = None
+    autostart: bool | None = None
+    autostart_order: Order | None = None
+    autostart_delay_s: Seconds | None = None
+    shutdown_timeout_s: Seconds | None = None
+    protected: bool | None = None
+
+
+def changed(spec: MachineSpec, changes: MachineChanges) -> MachineSpec:
+    """The definition with what was given."""
+    given = {name: value for name in MachineChanges.__struct_fields__ if (value := getattr(changes, name)) is not None}
+    return msgspec.structs.replace(spec, **given)
 
 
 def explained(message: str) -> str:

@@ -7,17 +7,12 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from qmpd.access import Role
 from qmpd.errors import Problem
 from qmpd.lifecycle import State
-from qmpd.spec import MachineSpec, Seconds, Word
-
-
-class View(msgspec.Struct, frozen=True, kw_only=True):
-    """Base of the answers. Unknown fields are ignored when read, so that an older client can talk to a newer daemon."""
-
-
-class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of the request bodies other than MachineSpec."""
+from qmpd.processviews import AdoptedView, TroubleView
+from qmpd.spec import MAX_LABELS, Label, MachineSpec, Seconds, Word
+from qmpd.viewbase import Request, View
 
 
 class Version(View, frozen=True, kw_only=True):
@@ -87,6 +82,23 @@ class CheckReport(View, frozen=True, kw_only=True):
     lines: tuple[CheckLine, ...]
 
 
+class DoctorFinding(View, frozen=True, kw_only=True):
+    """One thing that is wrong: where, what, and what to do. A `fail` keeps a machine from running or endangers what is stored."""
+
+    severity: Literal["fail", "warn", "note"]
+    where: str
+    what: str
+    remedy: str
+
+
+class DoctorReport(View, frozen=True, kw_only=True):
+    """What is wrong with a daemon and its `machines`, the gravest first; `ok` is false when any finding is a failure."""
+
+    ok: bool
+    machines: int
+    findings: tuple[DoctorFinding, ...] = ()
+
+
 class ValidationReport(View, frozen=True, kw_only=True):
     """All that is wrong with a definition, and what is merely odd."""
 
@@ -114,6 +126,20 @@ class ExitView(View, frozen=True, kw_only=True):
     clean: bool = False
     at: str = ""
     stderr_tail: str = ""
+
+
+class DiskErrorView(View, frozen=True, kw_only=True):
+    """Why a machine is halted with the status `io-error`: the disk that failed, by QEMU's name for it and by its place in the definition.
+
+    `nospace`: the host's file system is full, and `resume` works once it is not. `operation` is None where nobody saw which it was.
+    """
+
+    device: str
+    disk: int | None = None
+    operation: Literal["read", "write"] | None = None
+    nospace: bool = False
+    reason: str = ""
+    at: str = ""
 
 
 class ForwardView(View, frozen=True, kw_only=True):
@@ -145,13 +171,18 @@ class MachineView(View, frozen=True, kw_only=True):
     cpus: int
     memory_mib: int
     pid: int | None = None
+    cgroup: str | None = None
     started_at: str | None = None
     console_bytes: int = 0
     console_line: str = ""
     resets: int = 0
     exit: ExitView | None = None
+    disk_error: DiskErrorView | None = None
     autostart: bool = False
+    protected: bool = False
     labels: dict[str, str] = {}
+    trouble: TroubleView | None = None
+    adopted: AdoptedView | None = None
 
 
 class MachineList(View, frozen=True, kw_only=True):
@@ -189,6 +220,30 @@ class ShutdownRequest(Request, frozen=True, kw_only=True):
 
     timeout_s: Seconds | None = None
     then: Literal["nothing", "stop", "kill"] = "nothing"
+
+
+class HostShutdownRequest(Request, frozen=True, kw_only=True):
+    """Ask every guest, and wait `timeout_s` for each (default: its definition's); then `stop` ends QEMU with `quit` and SIGTERM, and
+    `kill` also with SIGKILL where that was not enough."""
+
+    timeout_s: Seconds | None = None
+    then: Literal["stop", "kill"] = "stop"
+
+
+class MachineEnd(View, frozen=True, kw_only=True):
+    """How one machine ended with its host: by which rung of the ladder, or with what `error` it did not."""
+
+    machine: str
+    method: Literal["already-stopped", "acpi", "quit", "sigterm", "sigkill"] | None = None
+    clean: bool = False
+    error: ErrorBody | None = None
+
+
+class HostShutdownView(View, frozen=True, kw_only=True):
+    """The machines in the order in which they ended; `left` is how many are still there."""
+
+    machines: tuple[MachineEnd, ...] = ()
+    left: int = 0
 
 
 class QmpRequest(Request, frozen=True, kw_only=True):
@@ -294,3 +349,32 @@ class ErrorBody(View, frozen=True, kw_only=True):
     code: str
     message: str
     details: dict[str, object] = {}
+
+
+class TokenRequest(View, frozen=True, kw_only=True):
+    """A token to be made. `labels`: it is good for machines that carry all of them only. `days`: how long it is valid; null: for ever."""
+
+    name: Word
+    role: Role
+    labels: Annotated[dict[Word, Label], Meta(max_length=MAX_LABELS)] = {}
+    days: Annotated[float, Meta(gt=0, le=36_500)] | None = 90.0
+
+
+class TokenView(View, frozen=True, kw_only=True):
+    """A token, without its secret. `last_used_at` is since the daemon was started."""
+
+    id: str
+    name: str
+    role: Role
+    labels: dict[str, str]
+    created_at: str
+    expires_at: str | None
+    expired: bool
+    last_used_at: str | None
+
+
+class NewToken(View, frozen=True, kw_only=True):
+    """A token that was made just now. Its text is not kept anywhere: it cannot be read again."""
+
+    token: str
+    about: TokenView

@@ -11,11 +11,12 @@ from typing import Final
 from qmpd.accelerator import Accelerators
 from qmpd.board import NamedBoard
 from qmpd.catalogue import Catalogue
+from qmpd.confinement import Confiner
 from qmpd.errors import NotFound, Problem, invalid
-from qmpd.facts import AcceleratorFacts, EmulatorFacts, FileFacts, MachinePaths, World
+from qmpd.facts import AcceleratorFacts, Confinement, EmulatorFacts, FileFacts, MachinePaths, World
 from qmpd.probe import Emulators
 from qmpd.settings import Settings
-from qmpd.spec import MachineSpec
+from qmpd.spec import Limits, MachineSpec
 from qmpd.storage import examine, paths_of
 
 #: Looking at a file takes microseconds, on a network a second; after this the mount is dead.
@@ -26,7 +27,10 @@ READERS: Final = 4
 class Worlds:
     """Gathers facts. The only place where planning meets the host."""
 
-    def __init__(self, catalogue: Catalogue, emulators: Emulators, accelerators: Accelerators, settings: Settings) -> None:
+    def __init__(
+        self, catalogue: Catalogue, emulators: Emulators, accelerators: Accelerators, settings: Settings, confiner: Confiner
+    ) -> None:
+        self.confiner = confiner
         self._catalogue = catalogue
         self._emulators = emulators
         self._accelerators = accelerators
@@ -51,6 +55,7 @@ class Worlds:
             paths=paths,
             files=files,
             raw_options=self._settings.raw_options,
+            confinement=Confinement() if spec.limits == Limits() else await self.confiner.found(),
         )
         return named, world
 

@@ -21,12 +21,15 @@ COMMANDS: Final = {
     name: module
     for module, names in {
         "catalogue": ("boards", "board", "emulators", "check", "version"),
-        "definitions": ("validate", "command", "create", "replace", "edit", "delete", "definition"),
+        "definitions": ("validate", "command", "create", "replace", "edit", "delete", "protect", "unprotect", "definition"),
         "machines": ("list", "show", "screenshot", "send-key", "qmp"),
         "power": ("start", "stop", "kill", "reset", "pause", "resume", "shutdown", "wait"),
+        "recovery": ("reattach", "power-off", "forget", "processes", "adopt"),
         "consoles": ("console", "log", "expect"),
         "history": ("events", "jobs", "job", "cancel"),
         "running": ("run",),
+        "operations": ("doctor", "bundle"),
+        "tokens": ("tokens", "token-create", "token-revoke"),
         "completion": ("completion",),
     }.items()
     for name in names

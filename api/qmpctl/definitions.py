@@ -123,6 +123,35 @@ def delete_command(names: Sequence[str]) -> int:
     return for_each(names, delete, deleted)
 
 
+@click.command("protect", cls=Verb)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=machine_names)
+def protect_command(names: Sequence[str]) -> int:
+    """Keep machines from being deleted, until they are unprotected. Works while they run."""
+    return _protect(names, protected=True)
+
+
+@click.command("unprotect", cls=Verb)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=machine_names)
+def unprotect_command(names: Sequence[str]) -> int:
+    """Let machines be deleted again."""
+    return _protect(names, protected=False)
+
+
+def _protect(names: Sequence[str], *, protected: bool) -> int:
+    from qmpd.spec import MachineChanges
+
+    async def protect(client: Client, name: str) -> MachineView:
+        return await client.update(name, MachineChanges(protected=protected), (await client.machine(name)).revision)
+
+    def done(name: str, machine: MachineView) -> None:
+        if as_json():
+            print_json(machine, one_line=True)
+        else:
+            click.echo(f"{name}: {'protected' if machine.protected else 'not protected'}")
+
+    return for_each(names, protect, done)
+
+
 @click.command("definition", cls=Verb)
 @click.argument("name", shell_complete=machine_names)
 @click.option("--format", "form", type=click.Choice(["toml", "json"]), default="toml", show_default=True, help="How to write it.")

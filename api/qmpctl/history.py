@@ -142,13 +142,14 @@ def _progress(job: JobView) -> str:
 
 async def finished(client: Client, job: JobView, what: str) -> int:
     """Wait for a job with a progress bar, and print how it ended; returns its exit code."""
-    with _meter(what) as show:
+    with meter(what) as show:
         view = await client.wait_job(job.id, show)
     _print_job(view)
-    return _exit_of(view)
+    return exit_of(view)
 
 
-def _exit_of(job: JobView) -> int:
+def exit_of(job: JobView) -> int:
+    """The exit code of a job that has ended; its error has been printed."""
     if job.state == "succeeded":
         return Exit.OK
     if job.error is None:
@@ -162,7 +163,7 @@ def _exit_of(job: JobView) -> int:
 
 
 @contextmanager
-def _meter(what: str) -> Iterator[Callable[[JobView], None]]:
+def meter(what: str) -> Iterator[Callable[[JobView], None]]:
     """Where a job's progress goes: a bar on stderr if that is a terminal, else nowhere."""
     import sys
 

@@ -16,7 +16,8 @@ from qmpctl.watching import HEADERS, row, watch_list
 from qmpd.lifecycle import State
 
 if TYPE_CHECKING:
-    from qmpd.views import ExitView, MachineView
+    from qmpd.processviews import AdoptedView
+    from qmpd.views import DiskErrorView, ExitView, MachineView
     from qmpd_api.client import Client
 
 #: Other names people have for keys; the rest are QEMU's qcodes.
@@ -74,6 +75,7 @@ def _facts(machine: MachineView) -> dict[str, str | None]:
         "title": machine.title or None,
         "state": f"{machine.state} for {ago(machine.since)}",
         "status": machine.status,
+        "trouble": None if machine.trouble is None else f"{machine.trouble.reason} (tried {machine.trouble.attempts} times)",
         "operation": machine.operation,
         "board": f"{machine.board} ({machine.arch}, {machine.machine})",
         "uuid": machine.uuid,
@@ -83,13 +85,28 @@ def _facts(machine: MachineView) -> dict[str, str | None]:
         "accel": machine.accel,
         "emulator": emulator,
         "pid": None if machine.pid is None else str(machine.pid),
+        "cgroup": machine.cgroup,
         "started": machine.started_at,
         "resets": str(machine.resets) if machine.resets else None,
         "console": f"{machine.console_bytes} bytes, last: {machine.console_line}",
         "exit": None if machine.exit is None else ended(machine.exit),
+        "halted by": None if machine.disk_error is None else _halted(machine.disk_error),
         "autostart": "yes" if machine.autostart else None,
+        "protected": "yes" if machine.protected else None,
+        "adopted": None if machine.adopted is None else adopted(machine.adopted),
         "labels": ", ".join(f"{key}={value}" for key, value in sorted(machine.labels.items())) or None,
     }
+
+
+def _halted(error: DiskErrorView) -> str:
+    which = error.device if error.disk is None else f"disks[{error.disk}]"
+    why = "the host's disk is full" if error.nospace else error.reason or "an error of the host's disk"
+    return f"{which}: {why}; resume lets it go on"
+
+
+def adopted(how: AdoptedView) -> str:
+    """That somebody else started it, and what is not known of it, in a few words."""
+    return f"{how.at}, monitor at {how.qmp}" + (f"; not understood: {', '.join(how.unknown)}" if how.unknown else "")
 
 
 def ended(how: ExitView) -> str:

@@ -20,26 +20,32 @@ import msgspec
 
 from qmpd.board import NamedBoard
 from qmpd.lifecycle import State
-from qmpd.spec import MachineSpec
+from qmpd.processviews import AdoptRequest, ForgetRequest, ProcessView
+from qmpd.spec import MachineChanges, MachineSpec
 from qmpd.views import (
     BoardView,
     CheckReport,
     CommandView,
     DefinitionView,
+    DoctorReport,
     EmulatorView,
     EventPage,
     ExpectRequest,
     ExpectResult,
+    HostShutdownRequest,
     JobList,
     JobView,
     MachineList,
     MachineView,
+    NewToken,
     QmpAnswer,
     QmpRequest,
     SendKeyRequest,
     ShutdownRequest,
     StartRequest,
     StopView,
+    TokenRequest,
+    TokenView,
     ValidationReport,
     Version,
 )
@@ -52,6 +58,7 @@ from qmpd_api.connection import (
     DaemonSilent,
     DaemonUnavailable,
     Query,
+    Remote,
     T,
     Wire,
     connected,
@@ -59,9 +66,20 @@ from qmpd_api.connection import (
     url,
 )
 from qmpd_api.endpoint import default_socket
-from qmpd_api.streams_client import ConsoleStream, EventStreamItem, LogSlice, console_stream, event_stream, log_slice, log_stream
+from qmpd_api.streams_client import (
+    ConsoleStream,
+    EventStreamItem,
+    LogSlice,
+    QmpStream,
+    bundle_stream,
+    console_stream,
+    event_stream,
+    log_slice,
+    log_stream,
+    qmp_stream,
+)
 
-__all__ = ["Client", "ConsoleStream", "DaemonSilent", "DaemonUnavailable", "LogSlice", "Wire"]
+__all__ = ["Client", "ConsoleStream", "DaemonSilent", "DaemonUnavailable", "LogSlice", "QmpStream", "Wire"]
 
 #: How often a job is looked at. Its progress is for people: faster than this nobody reads it.
 JOB_LOOK_S: Final = 0.25
@@ -72,14 +90,14 @@ DEFAULT_WAIT_S: Final = 60.0
 class Client:
     """A connection to one daemon, used in `async with`. Safe to use from any number of tasks at once."""
 
-    def __init__(self, socket_path: str | None = None, *, wire: Wire = "msgpack") -> None:
-        self.socket_path = socket_path or default_socket()
+    def __init__(self, target: str | Remote | None = None, *, wire: Wire = "msgpack") -> None:
+        self.target = target or default_socket()
         self._wire = wire
         self._stack = AsyncExitStack()
         self._connection: Connection | None = None
 
     async def __aenter__(self) -> Self:
-        self._connection = await self._stack.enter_async_context(connected(self.socket_path, self._wire))
+        self._connection = await self._stack.enter_async_context(connected(self.target, self._wire))
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -112,6 +130,14 @@ class Client:
     async def check(self) -> CheckReport:
         """What the daemon's host can and cannot do. Slow: starts emulators."""
         return await self._get("/v1/check", CheckReport, None, PROBE_DEADLINE_S)
+
+    async def doctor(self) -> DoctorReport:
+        """What is wrong with the daemon and its machines, and what to do. Findings are an answer here, not an error."""
+        return await self._get("/v1/doctor", DoctorReport, None, VERB_DEADLINE_S)
+
+    def bundle(self) -> AsyncGenerator[bytes, None]:
+        """A support bundle (.tar.gz) in pieces: what is known of the daemon and its machines, without secrets."""
+        return bundle_stream(self.connection, "/v1/bundle")
 
     async def validate(self, spec: MachineSpec) -> ValidationReport:
         """All that is wrong with a definition. Wrong definitions are an answer here, not an error."""
@@ -149,6 +175,12 @@ class Client:
             "PUT", _at(name), MachineView, body=spec, headers=_if_match(revision), deadline_s=PROBE_DEADLINE_S
         )
 
+    async def update(self, name: str, changes: MachineChanges, revision: int) -> MachineView:
+        """Change the definition that was read as `revision`, whatever the machine does; StaleRevision if it changed since."""
+        return await self.connection.call(
+            "PATCH", _at(name), MachineView, body=changes, headers=_if_match(revision), deadline_s=VERB_DEADLINE_S
+        )
+
     async def delete(self, name: str, revision: int | None = None) -> None:
         """Delete a machine at rest, with the disks that were made for it; StaleRevision if `revision` is given and not the current one."""
         headers = {} if revision is None else _if_match(revision)
@@ -166,6 +198,27 @@ class Client:
         """SIGKILL; returns when the process is gone."""
         return await self._post(_at(name, "kill"), StopView)
 
+    async def power_off(self, name: str) -> StopView:
+        """SIGTERM, which needs no monitor; returns when the process is gone."""
+        return await self._post(_at(name, "power-off"), StopView)
+
+    async def reattach(self, name: str) -> MachineView:
+        """Try now to reach the QEMU of a machine that is unreachable or unresponsive; raises what that failed with."""
+        return await self._post(_at(name, "reattach"), MachineView)
+
+    async def forget(self, name: str) -> None:
+        """Give up a machine whose QEMU cannot be reached. Its files are kept, and its process lives on: nobody looks after it."""
+        request = ForgetRequest(confirm=name)
+        await self.connection.fetch("POST", _at(name, "forget"), body=request, deadline_s=VERB_DEADLINE_S)
+
+    async def processes(self) -> tuple[ProcessView, ...]:
+        """The QEMUs of the daemon's host that it may see: ours, strays of our directories, and foreign ones."""
+        return await self._get("/v1/processes", tuple[ProcessView, ...])
+
+    async def adopt(self, request: AdoptRequest) -> MachineView:
+        """Take over a QEMU that somebody else started."""
+        return await self._post("/v1/adopt", MachineView, request)
+
     async def reset(self, name: str) -> MachineView:
         """The reset button."""
         return await self._post(_at(name, "reset"), MachineView)
@@ -181,6 +234,10 @@ class Client:
     async def shutdown(self, name: str, request: ShutdownRequest | None = None) -> JobView:
         """Ask the guest to shut down; returns the job that waits for it."""
         return await self._post(_at(name, "shutdown"), JobView, request or ShutdownRequest())
+
+    async def shutdown_host(self, request: HostShutdownRequest | None = None) -> JobView:
+        """End all machines, because their host goes down; returns the job, until the end of which none can be started."""
+        return await self._post("/v1/shutdown", JobView, request or HostShutdownRequest())
 
     async def wait(self, name: str, states: Iterable[State], timeout_s: float = DEFAULT_WAIT_S) -> MachineView:
         """Return when the machine is in one of `states`; NotYet when it was not within `timeout_s` (an hour at most)."""
@@ -213,6 +270,10 @@ class Client:
         query: Query = {"port": port, "since": since, "scrollback": scrollback}
         return console_stream(self.connection, url(_at(name, "console"), query))
 
+    def qmp_session(self, name: str) -> AbstractAsyncContextManager[QmpStream]:
+        """QMP commands one after the other over one WebSocket, for a program that sends many. Used in `async with`."""
+        return qmp_stream(self.connection, url(_at(name, "qmp")))
+
     async def log(self, name: str, *, port: int | None = None, since: int | None = None, limit: int | None = None) -> LogSlice:
         """Up to `limit` bytes of the console's log from offset `since` (None: from the oldest kept)."""
         return await log_slice(self.connection, _at(name, "log"), {"port": port, "since": since, "limit": limit})
@@ -232,6 +293,18 @@ class Client:
         reported as an EventGap. Raises DaemonUnavailable if the daemon is not there at first, or stays away too long.
         """
         return event_stream(self.connection, since, machine)
+
+    async def tokens(self) -> tuple[TokenView, ...]:
+        """The tokens, without their secrets."""
+        return await self._get("/v1/tokens", tuple[TokenView, ...])
+
+    async def create_token(self, request: TokenRequest) -> NewToken:
+        """Make a token; its text is in this answer and nowhere else."""
+        return await self.connection.call("POST", "/v1/tokens", NewToken, body=request)
+
+    async def revoke_token(self, name_or_id: str) -> None:
+        """End a token at once. Raises NotFound."""
+        await self.connection.fetch("DELETE", f"/v1/tokens/{segment(name_or_id)}")
 
     async def jobs(self, machine: str | None = None) -> JobList:
         """Jobs, newest first."""

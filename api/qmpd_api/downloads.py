@@ -81,6 +81,16 @@ async def _pieces(port: Console, query: LogQuery, end: int, limits: Limits) -> A
         offset = begin + len(data)
 
 
+async def bundle(request: web.Request, call: Call[None, Query]) -> web.StreamResponse:
+    """The support bundle, sent while it is made."""
+    headers = {"Content-Disposition": 'attachment; filename="qmpd-bundle.tar.gz"'}
+    made = call.service.upkeep.bundle(call.service.version())
+    async with _written(request, "application/gzip", headers) as response, held(made) as pieces:
+        async for data in pieces:
+            await _write(response, data, request.app[LIMITS])
+    return response
+
+
 async def event_stream(request: web.Request, call: Call[None, EventsQuery]) -> web.StreamResponse:
     """Server-sent events. Those that are gone are reported as an event called `gap`, and the stream goes on with the oldest kept one."""
     limits = request.app[LIMITS]

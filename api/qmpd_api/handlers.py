@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from qmpd.board import NamedBoard
-from qmpd.errors import Problem, invalid
-from qmpd.spec import MachineSpec
+from qmpd.errors import NotFound, Problem, invalid
+from qmpd.processviews import AdoptRequest, ForgetRequest, ProcessView
+from qmpd.spec import MachineChanges, MachineSpec
 from qmpd.views import (
     BoardView,
     CheckReport,
     CommandView,
+    DoctorReport,
     EmulatorView,
     EventPage,
     ExpectRequest,
     ExpectResult,
+    HostShutdownRequest,
     JobList,
     JobView,
     MachineList,
     MachineView,
+    NewToken,
     QmpAnswer,
     QmpRequest,
     SendKeyRequest,
     ShutdownRequest,
     StartRequest,
     StopView,
+    TokenRequest,
+    TokenView,
     ValidationReport,
     Version,
 )
@@ -61,6 +69,11 @@ async def check(call: Call[None, Query]) -> CheckReport:
     return await call.service.check()
 
 
+async def doctor(call: Call[None, Query]) -> DoctorReport:
+    """What is wrong with this daemon and its machines."""
+    return await call.service.upkeep.doctor()
+
+
 async def validate(call: Call[MachineSpec, Query]) -> ValidationReport:
     """All that is wrong with a definition."""
     return await call.service.validate(call.body)
@@ -73,7 +86,7 @@ async def command(call: Call[MachineSpec, Query]) -> CommandView:
 
 async def machines(call: Call[None, MachinesQuery]) -> MachineList:
     """The machines."""
-    return call.service.machines(call.query.labels(), call.query.state)
+    return call.service.machines(call.query.labels(), call.query.state, call.caller)
 
 
 async def create(call: Call[MachineSpec, CreateQuery]) -> Reply:
@@ -92,6 +105,11 @@ async def replace(call: Call[MachineSpec, Query]) -> Reply:
     if call.body.name != call.name:
         raise invalid([Problem(path="$.name", message=f"a machine keeps its name: this one is called {call.name!r}")])
     return _tagged(await call.service.replace(call.name, call.body, call.needed_revision()))
+
+
+async def update(call: Call[MachineChanges, Query]) -> Reply:
+    """Change a definition, whatever the machine does."""
+    return _tagged(await call.service.update(call.name, call.body, call.needed_revision()))
 
 
 async def delete(call: Call[None, Query]) -> None:
@@ -125,6 +143,32 @@ async def kill(call: Call[Nothing, Query]) -> StopView:
     return await call.service.kill(call.name)
 
 
+async def power_off(call: Call[Nothing, Query]) -> StopView:
+    """SIGTERM."""
+    return await call.service.rescue.power_off(call.name)
+
+
+async def reattach(call: Call[Nothing, Query]) -> MachineView:
+    """Try to reach a machine's QEMU."""
+    return await call.service.rescue.reattach(call.name)
+
+
+async def forget(call: Call[ForgetRequest, Query]) -> None:
+    """Give up a machine."""
+    await call.service.rescue.forget(call.name, call.body)
+
+
+async def processes(call: Call[None, Query]) -> list[ProcessView]:
+    """The QEMUs of this host."""
+    return await call.service.rescue.processes()
+
+
+async def adopt(call: Call[AdoptRequest, Query]) -> Reply:
+    """Take over a QEMU that somebody else started."""
+    view = await call.service.rescue.adopt(call.body)
+    return Reply(document=view, headers={"Location": f"/v1/machines/{view.name}", **etag(view.revision)})
+
+
 async def reset(call: Call[Nothing, Query]) -> MachineView:
     """The reset button."""
     return await call.service.reset(call.name)
@@ -143,6 +187,11 @@ async def resume(call: Call[Nothing, Query]) -> MachineView:
 async def shutdown(call: Call[ShutdownRequest, Query]) -> Reply:
     """Ask the guest to shut down; a job waits for it."""
     return _job(await call.service.shutdown(call.name, call.body))
+
+
+async def shutdown_host(call: Call[HostShutdownRequest, Query]) -> Reply:
+    """End all machines; a job waits for them."""
+    return _job(await call.service.shutdown_host(call.body))
 
 
 async def wait(call: Call[None, WaitQuery]) -> MachineView:
@@ -177,22 +226,31 @@ async def events(call: Call[None, EventsQuery]) -> EventPage:
 
 async def jobs(call: Call[None, JobsQuery]) -> JobList:
     """The jobs."""
-    return await call.service.jobs(call.query.machine)
+    listed = await call.service.jobs(call.query.machine)
+    return JobList(jobs=tuple(job for job in listed.jobs if call.service.exists_for(call.caller, job.machine)))
 
 
 async def job(call: Call[None, Query]) -> JobView:
     """One job."""
-    return await call.service.job(call.id)
+    return await _job_of(call)
 
 
 async def cancel(call: Call[Nothing, Query]) -> JobView:
     """Ask a job to stop."""
+    await _job_of(call)
     return await call.service.cancel(call.id)
+
+
+async def _job_of(call: Call[Any, Query]) -> JobView:
+    found = await call.service.job(call.id)
+    if not call.service.exists_for(call.caller, found.machine):
+        raise NotFound(f"there is no job {call.id}")
+    return found
 
 
 async def metrics(call: Call[None, Query]) -> bytes:
     """The numbers of this daemon for Prometheus."""
-    return call.service.metrics()
+    return await call.service.upkeep.metrics()
 
 
 def _tagged(view: MachineView) -> Reply:
@@ -201,3 +259,18 @@ def _tagged(view: MachineView) -> Reply:
 
 def _job(view: JobView) -> Reply:
     return Reply(document=view, headers={"Location": f"/v1/jobs/{view.id}"})
+
+
+async def tokens(call: Call[None, Query]) -> tuple[TokenView, ...]:
+    """The tokens."""
+    return call.service.tokens.list()
+
+
+async def create_token(call: Call[TokenRequest, Query]) -> NewToken:
+    """Make a token."""
+    return await call.service.tokens.create(call.body)
+
+
+async def revoke_token(call: Call[None, Query]) -> None:
+    """End a token."""
+    await call.service.tokens.revoke(call.id)

@@ -27,7 +27,7 @@ HEADER: Final = "Idempotency-Key"
 #: A UUID has 36 characters; some clients put words in front.
 MAX_KEY: Final = 200
 #: Statuses that ask the client to come back: the next attempt must be a real one.
-PASSING: Final = frozenset({429, 500, 503})
+PASSING: Final = frozenset({429, 500, 503, 507})
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def key_of(request: web.BaseRequest, caller: Caller) -> str | None:
     key = given[0].strip()
     if len(given) > 1 or not key or len(key) > MAX_KEY or not (key.isascii() and key.isprintable()):
         raise invalid([Problem(path=HEADER, message=f"must be 1 to {MAX_KEY} printable ASCII characters, not '{echo(key)}'")])
-    return f"{caller.uid}:{key}"
+    return f"{caller.user if caller.uid is None else caller.uid}:{key}"
 
 
 def fingerprint_of(request: web.BaseRequest, body: bytes) -> str:

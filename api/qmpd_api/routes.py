@@ -9,10 +9,12 @@ from typing import Any, Final, Generic, Literal, TypeVar
 from aiohttp import web
 
 from qmpd import errors as e
+from qmpd import processviews as p
 from qmpd import views as v
+from qmpd.access import Right
 from qmpd.board import NamedBoard
 from qmpd.errors import QmpdError
-from qmpd.spec import MachineSpec
+from qmpd.spec import MachineChanges, MachineSpec
 from qmpd_api import downloads, handlers, streams
 from qmpd_api.exchange import Call
 from qmpd_api.handlers import Nothing
@@ -32,28 +34,30 @@ from qmpd_api.statuses import UpgradeRequired
 B = TypeVar("B")
 Q = TypeVar("Q", bound=Query)
 
-Method = Literal["GET", "POST", "PUT", "DELETE"]
-#: What a caller must be allowed to do. On the Unix socket its mode and group decide, for all four at once.
-Right = Literal["read", "operate", "define", "admin"]
+Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 #: Which of the limits on requests under way counts this route. `kill` has none: it must work when nothing else does.
 Pool = Literal["none", "changes", "waits"]
 
 PNG: Final = "image/png"
 PROMETHEUS: Final = "text/plain; version=0.0.4; charset=utf-8"
 BYTES: Final = "application/octet-stream"
+GZIP: Final = "application/gzip"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Route(Generic[B, Q]):
     """One route. `handler` answers with a document, or with bytes of the type `produces`.
 
-    `stream` comes before it and may write a response of its own; it returns None to leave the request to `handler`.
+    `stream` comes before it and may write a response of its own; it returns None to leave the request to `handler`. `right` is what
+    the caller's role must have; `scoped` routes are also for those whose token is good for some machines only, as are all routes of
+    one machine.
     """
 
     method: Method
     path: str
     summary: str
     right: Right
+    scoped: bool = False
     handler: Callable[[Call[B, Q]], Awaitable[object]] | None = None
     stream: Callable[[web.Request, Call[B, Q]], Awaitable[web.StreamResponse | None]] | None = None
     body: type[B] | None = None
@@ -79,46 +83,69 @@ _START: Final = (e.Invalid, e.LaunchFailed, e.HostError, e.NoSpace, e.QemuSilent
 _AT: Final = "/v1/machines/{name}"
 
 ROUTES: Final[tuple[Route[Any, Any], ...]] = (
-    Route(method="GET", path="/v1/version", summary="The daemon and what it speaks", right="read", query=Query,
+    Route(method="GET", path="/v1/version", summary="The daemon and what it speaks", right="read", scoped=True, query=Query,
           handler=handlers.version, answer=v.Version),
-    Route(method="GET", path="/v1/boards", summary="The catalogue of boards", right="read", query=BoardsQuery,
+    Route(method="GET", path="/v1/boards", summary="The catalogue of boards", right="read", scoped=True, query=BoardsQuery,
           handler=handlers.boards, answer=tuple[v.BoardView, ...]),
-    Route(method="GET", path="/v1/boards/{id}", summary="One board file", right="read", query=Query,
+    Route(method="GET", path="/v1/boards/{id}", summary="One board file", right="read", scoped=True, query=Query,
           handler=handlers.board, answer=NamedBoard, errors=(e.NotFound,)),
-    Route(method="GET", path="/v1/emulators", summary="The emulators of this host", right="read", query=Query,
+    Route(method="GET", path="/v1/emulators", summary="The emulators of this host", right="read", scoped=True, query=Query,
           handler=handlers.emulators, answer=tuple[v.EmulatorView, ...], pool="waits"),
     Route(method="GET", path="/v1/check", summary="What this host can and cannot do", right="read", query=Query,
           handler=handlers.check, answer=v.CheckReport, pool="waits"),
-    Route(method="POST", path="/v1/validate", summary="All that is wrong with a definition", right="read", query=Query,
+    Route(method="GET", path="/v1/doctor", summary="What is wrong with the daemon and its machines, and what to do", right="read",
+          query=Query, handler=handlers.doctor, answer=v.DoctorReport, pool="waits"),
+    Route(method="GET", path="/v1/bundle", summary="A support bundle: what is known of the daemon, without secrets", right="admin",
+          query=Query, stream=downloads.bundle, produces=GZIP, pool="waits"),
+    Route(method="POST", path="/v1/validate", summary="All that is wrong with a definition", right="read", scoped=True, query=Query,
           handler=handlers.validate, body=MachineSpec, answer=v.ValidationReport, errors=(e.HostError,), pool="waits"),
-    Route(method="POST", path="/v1/command", summary="The QEMU command of a definition", right="read", query=Query,
+    Route(method="POST", path="/v1/command", summary="The QEMU command of a definition", right="read", scoped=True, query=Query,
           handler=handlers.command, body=MachineSpec, answer=v.CommandView, errors=(e.Invalid, e.HostError), pool="waits"),
-    Route(method="GET", path="/v1/machines", summary="The machines, ordered by name", right="read", query=MachinesQuery,
+    Route(method="GET", path="/v1/processes", summary="The QEMUs of this host: ours, strays and foreign ones", right="read", query=Query,
+          handler=handlers.processes, answer=tuple[p.ProcessView, ...], pool="waits"),
+    Route(method="POST", path="/v1/adopt", summary="Take over a QEMU that somebody else started", right="admin", query=Query,
+          handler=handlers.adopt, body=p.AdoptRequest, answer=v.MachineView, status=201,
+          errors=(e.AlreadyExists, e.NotAdoptable, e.Held, e.NotFound, e.Forbidden, e.Invalid, e.QemuRefused, e.QemuDied,
+                  e.MonitorUnavailable, e.QemuSilent), pool="changes", revision="answered"),
+    Route(method="GET", path="/v1/machines", summary="The machines, ordered by name", right="read", scoped=True, query=MachinesQuery,
           handler=handlers.machines, answer=v.MachineList),
-    Route(method="POST", path="/v1/machines", summary="Create a machine", right="define", query=CreateQuery,
+    Route(method="POST", path="/v1/machines", summary="Create a machine", right="define", scoped=True, query=CreateQuery,
           handler=handlers.create, body=MachineSpec, answer=v.MachineView, status=201,
-          errors=(e.AlreadyExists, *_START), pool="changes", revision="answered"),
+          errors=(e.AlreadyExists, e.GoingDown, *_START), pool="changes", revision="answered"),
     Route(method="GET", path=_AT, summary="One machine", right="read", query=Query,
           handler=handlers.machine, answer=v.MachineView, errors=_MACHINE, revision="answered"),
     Route(method="PUT", path=_AT, summary="Replace the definition of a machine at rest", right="define", query=Query,
           handler=handlers.replace, body=MachineSpec, answer=v.MachineView,
           errors=(e.NotFound, e.WrongState, e.Held, e.StaleRevision, e.RevisionRequired, e.Invalid, e.NoSpace), pool="changes",
           revision="needed"),
+    Route(method="PATCH", path=_AT, summary="Change of a definition what may change while the machine runs", right="define", query=Query,
+          handler=handlers.update, body=MachineChanges, answer=v.MachineView,
+          errors=(e.NotFound, e.StaleRevision, e.RevisionRequired, e.NoSpace), pool="changes", revision="needed"),
     Route(method="DELETE", path=_AT, summary="Delete a machine at rest, with the disks made for it", right="define", query=Query,
           handler=handlers.delete, status=204,
-          errors=(e.NotFound, e.WrongState, e.Held, e.StaleRevision, e.RevisionRequired, e.NoSpace), pool="changes", revision="optional"),
+          errors=(e.NotFound, e.WrongState, e.Held, e.Protected, e.StaleRevision, e.RevisionRequired, e.NoSpace), pool="changes",
+          revision="optional"),
     Route(method="GET", path=f"{_AT}/definition", summary="The stored definition", right="read", query=Query,
           handler=handlers.definition, answer=v.DefinitionView, errors=_MACHINE, revision="answered"),
     Route(method="GET", path=f"{_AT}/command", summary="The QEMU command of a stored definition", right="read", query=Query,
           handler=handlers.machine_command, answer=v.CommandView, errors=(e.NotFound, e.Invalid, e.HostError), pool="waits"),
     Route(method="POST", path=f"{_AT}/start", summary="Launch QEMU", right="operate", query=Query,
           handler=handlers.start, body=v.StartRequest, body_needed=False, answer=v.MachineView,
-          errors=(e.NotFound, e.WrongState, e.Held, *_START), pool="changes"),
+          errors=(e.NotFound, e.WrongState, e.Held, e.GoingDown, *_START), pool="changes"),
     Route(method="POST", path=f"{_AT}/stop", summary="End QEMU without asking the guest", right="operate", query=Query,
           handler=handlers.stop, body=Nothing, body_needed=False, answer=v.StopView,
           errors=(e.NotFound, e.Held, e.QemuSilent), pool="changes"),
     Route(method="POST", path=f"{_AT}/kill", summary="SIGKILL: what the guest had not flushed is lost", right="operate", query=Query,
           handler=handlers.kill, body=Nothing, body_needed=False, answer=v.StopView, errors=(e.NotFound, e.QemuSilent)),
+    Route(method="POST", path=f"{_AT}/power-off", summary="SIGTERM: flushes the disks, and needs no monitor", right="operate", query=Query,
+          handler=handlers.power_off, body=Nothing, body_needed=False, answer=v.StopView,
+          errors=(e.NotFound, e.Held, e.NotProven, e.MonitorUnavailable, e.QemuSilent), pool="changes"),
+    Route(method="POST", path=f"{_AT}/reattach", summary="Try now to reach a QEMU that is unreachable or unresponsive", right="operate",
+          query=Query, handler=handlers.reattach, body=Nothing, body_needed=False, answer=v.MachineView,
+          errors=(*_ALIVE, e.NotProven), pool="changes"),
+    Route(method="POST", path=f"{_AT}/forget", summary="Give up a machine whose QEMU cannot be reached; its files are kept", right="define",
+          query=Query, handler=handlers.forget, body=p.ForgetRequest, status=204,
+          errors=(e.NotFound, e.WrongState, e.Held, e.Invalid, e.StaleRevision, e.HostError, e.NoSpace), pool="changes"),
     Route(method="POST", path=f"{_AT}/reset", summary="The reset button", right="operate", query=Query,
           handler=handlers.reset, body=Nothing, body_needed=False, answer=v.MachineView, errors=_ALIVE, pool="changes"),
     Route(method="POST", path=f"{_AT}/pause", summary="Halt the vCPUs", right="operate", query=Query,
@@ -132,6 +159,8 @@ ROUTES: Final[tuple[Route[Any, Any], ...]] = (
           handler=handlers.wait, answer=v.MachineView, errors=(e.NotFound, e.NotYet), pool="waits"),
     Route(method="POST", path=f"{_AT}/qmp", summary="Pass one QMP command through", right="admin", query=Query,
           handler=handlers.qmp, body=v.QmpRequest, answer=v.QmpAnswer, errors=(e.Forbidden, *_ALIVE), pool="waits"),
+    Route(method="GET", path=f"{_AT}/qmp", summary="QMP commands one after the other, as a WebSocket", right="admin", query=Query,
+          stream=streams.qmp_session, status=101, errors=(e.NotFound, UpgradeRequired)),
     Route(method="GET", path=f"{_AT}/screenshot", summary="The display as a PNG image", right="read", query=Query,
           handler=handlers.screenshot, produces=PNG, errors=_ALIVE, pool="waits"),
     Route(method="POST", path=f"{_AT}/send-key", summary="Press keys together", right="operate", query=Query,
@@ -144,14 +173,23 @@ ROUTES: Final[tuple[Route[Any, Any], ...]] = (
           handler=handlers.expect, body=v.ExpectRequest, answer=v.ExpectResult, errors=(e.NotFound, e.MonitorUnavailable), pool="waits"),
     Route(method="GET", path="/v1/events", summary="Events: a page, an event stream, or a WebSocket", right="read", query=EventsQuery,
           handler=handlers.events, stream=streams.events, answer=v.EventPage, errors=(e.EventsGone,)),
-    Route(method="GET", path="/v1/jobs", summary="The jobs, newest first", right="read", query=JobsQuery,
+    Route(method="POST", path="/v1/shutdown", summary="End all machines, because the host goes down, as a job", right="admin", query=Query,
+          handler=handlers.shutdown_host, body=v.HostShutdownRequest, body_needed=False, answer=v.JobView, status=202,
+          errors=(e.GoingDown,), pool="changes"),
+    Route(method="GET", path="/v1/jobs", summary="The jobs, newest first", right="read", scoped=True, query=JobsQuery,
           handler=handlers.jobs, answer=v.JobList),
-    Route(method="GET", path="/v1/jobs/{id}", summary="One job", right="read", query=Query,
+    Route(method="GET", path="/v1/jobs/{id}", summary="One job", right="read", scoped=True, query=Query,
           handler=handlers.job, answer=v.JobView, errors=(e.NotFound,)),
-    Route(method="POST", path="/v1/jobs/{id}/cancel", summary="Ask a job to stop", right="operate", query=Query,
+    Route(method="POST", path="/v1/jobs/{id}/cancel", summary="Ask a job to stop", right="operate", scoped=True, query=Query,
           handler=handlers.cancel, body=Nothing, body_needed=False, answer=v.JobView, errors=(e.NotFound, e.WrongState), pool="changes"),
+    Route(method="GET", path="/v1/tokens", summary="The tokens, without their secrets", right="admin", query=Query,
+          handler=handlers.tokens, answer=tuple[v.TokenView, ...]),
+    Route(method="POST", path="/v1/tokens", summary="Make a token; its text is in the answer and nowhere else", right="admin", query=Query,
+          handler=handlers.create_token, body=v.TokenRequest, answer=v.NewToken, status=201, errors=(e.Invalid, e.NoSpace), pool="changes"),
+    Route(method="DELETE", path="/v1/tokens/{id}", summary="End a token at once", right="admin", query=Query,
+          handler=handlers.revoke_token, status=204, errors=(e.NotFound, e.NoSpace), pool="changes"),
     Route(method="GET", path="/metrics", summary="The numbers of this daemon for Prometheus", right="read", query=Query,
           handler=handlers.metrics, produces=PROMETHEUS),
-    Route(method="GET", path="/v1/openapi.json", summary="This description", right="read", query=Query,
+    Route(method="GET", path="/v1/openapi.json", summary="This description", right="read", scoped=True, query=Query,
           stream=downloads.description, answer=dict[str, object]),
 )  # fmt: skip

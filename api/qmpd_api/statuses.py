@@ -14,6 +14,7 @@ from typing import Final
 
 from qmpd import errors
 from qmpd.errors import QmpdError
+from qmpd.store import Unknown
 from qmpd.views import ErrorBody
 
 
@@ -37,6 +38,7 @@ class RequestTimeout(QmpdError):
 
 STATUSES: Final[dict[type[QmpdError], int]] = {
     errors.Undecodable: 400,
+    errors.Unauthorized: 401,
     errors.Forbidden: 403,
     errors.NotFound: 404,
     MethodNotAllowed: 405,
@@ -57,6 +59,7 @@ STATUSES: Final[dict[type[QmpdError], int]] = {
     errors.QemuSilent: 504,
     errors.NotYet: 504,
     errors.NoSpace: 507,
+    Unknown: 503,
 }
 
 #: Said on every response: nothing here is a page, and nothing may be kept.
@@ -82,6 +85,8 @@ def headers_of(error: QmpdError) -> dict[str, str]:
         headers["Retry-After"] = str(RETRY_AFTER_S[type(error)])
     if isinstance(error, MethodNotAllowed):
         headers["Allow"] = ", ".join(str(method) for method in _listed(error.details.get("allowed")))
+    if isinstance(error, errors.Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, UpgradeRequired):
         headers["Upgrade"] = "websocket"
     return headers

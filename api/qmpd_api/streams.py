@@ -1,27 +1,31 @@
-"""The WebSockets: a serial console in both directions, and events as they happen."""
+"""The WebSockets: a serial console in both directions, QMP commands, and events as they happen."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 from aiohttp import WSCloseCode, web
 
-from qmpd.errors import Problem, Undecodable, invalid
-from qmpd.views import Event
+from qmpd.errors import Problem, QmpdError, Undecodable, invalid
+from qmpd.views import ErrorBody, Event, QmpRequest
 from qmpd_api import sockets
-from qmpd_api.codec import encode
+from qmpd_api.codec import decode_aside, encode
 from qmpd_api.downloads import event_stream, held
 from qmpd_api.exchange import LIMITS, Call
 from qmpd_api.limits import Limits
 from qmpd_api.media import Media, wants_event_stream
-from qmpd_api.queries import ConsoleQuery, EventsQuery
+from qmpd_api.peers import PEERS
+from qmpd_api.queries import ConsoleQuery, EventsQuery, Query
+from qmpd_api.statuses import body_of
 
 if TYPE_CHECKING:
     from qmpd.console import Console
 
 CONSOLE_PROTOCOL: Final = "qmpd.console.v1"
 EVENTS_PROTOCOL: Final = "qmpd.events.msgpack"
+QMP_PROTOCOL: Final = "qmpd.qmp.v1"
 
 
 class ConsoleFrame(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +38,20 @@ class ConsoleFrame(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["hello", "output", "dropped", "ended", "input"]
     offset: int = 0
     data: bytes = b""
+
+
+class QmpMessage(QmpRequest, frozen=True, kw_only=True):
+    """One message of `qmpd.qmp.v1` from the client, in JSON: a command, and what its answer shall carry to be known by."""
+
+    id: int | str | None = None
+
+
+class QmpReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The answer: what QEMU returned, or an error in the shape of all errors."""
+
+    id: int | str | None = None
+    result: object = msgspec.field(name="return", default=None)
+    error: ErrorBody | None = None
 
 
 class _ClientFrame(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,6 +126,37 @@ async def _plain(socket: web.WebSocketResponse, port: Console, offset: int, limi
         async for _, data in pieces:
             await sockets.send(socket, data, limits)
     return WSCloseCode.OK, "the machine stopped"
+
+
+async def qmp_session(request: web.Request, call: Call[None, Query]) -> web.StreamResponse:
+    """QMP commands one after the other over one WebSocket: each text message is one, and gets one message with the same `id` back."""
+    call.service.machine(call.name)  # one that is not there is an ordinary answer, and not the end of a WebSocket
+    limits = request.app[LIMITS]
+    async with sockets.opened(request, QMP_PROTOCOL) as socket:
+
+        async def speak() -> sockets.Closing:
+            ended: asyncio.Future[sockets.Closing] = asyncio.get_running_loop().create_future()
+            return await ended  # nothing is said unasked
+
+        async def hear(message: str | bytes) -> sockets.Closing | None:
+            if isinstance(message, bytes):
+                return WSCloseCode.UNSUPPORTED_DATA, "this channel takes text messages"
+            asked = await decode_aside(message.encode(), Media.JSON, QmpMessage, limits)
+            with request.app[PEERS].under_way("waits"):
+                answer = await _qmp_answer(call, asked)
+            await sockets.send(socket, encode(answer, Media.JSON).decode(), limits)
+            return None
+
+        await sockets.converse(socket, limits, name=f"qmp-{call.name}", speak=speak, hear=hear)
+    return socket
+
+
+async def _qmp_answer(call: Call[None, Query], asked: QmpMessage) -> QmpReply:
+    try:
+        request = QmpRequest(execute=asked.execute, arguments=asked.arguments, oob=asked.oob)
+        return QmpReply(id=asked.id, result=(await call.service.qmp(call.name, request, call.caller)).result)
+    except QmpdError as error:
+        return QmpReply(id=asked.id, error=body_of(error))
 
 
 async def events(request: web.Request, call: Call[None, EventsQuery]) -> web.StreamResponse | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Final
 
@@ -12,11 +12,12 @@ import msgspec
 from yarl import URL
 
 from qmpd.errors import QmpdError
-from qmpd.views import ErrorBody, Event, EventPage
+from qmpd.views import ErrorBody, Event, EventPage, QmpRequest
 from qmpd_api.connection import ERRORS, QUERY_DEADLINE_S, Connection, DaemonSilent, DaemonUnavailable, Query, error_of, url
 
 CONSOLE_PROTOCOL: Final = "qmpd.console.v1"
 EVENTS_PROTOCOL: Final = "qmpd.events.msgpack"
+QMP_PROTOCOL: Final = "qmpd.qmp.v1"
 
 #: Both sides ping, so that a peer that vanished without a word is noticed within about this long.
 HEARTBEAT_S: Final = 20.0
@@ -112,6 +113,42 @@ async def console_stream(connection: Connection, address: URL) -> AsyncIterator[
         yield ConsoleStream(socket)
 
 
+class _QmpReply(msgspec.Struct, frozen=True):
+    result: object = msgspec.field(name="return", default=None)
+    error: ErrorBody | None = None
+
+
+class QmpStream:
+    """An open QMP session: one command at a time, each about as quick as over QEMU's own socket. Made by `qmp_stream`."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self._socket = socket
+        self._turn = asyncio.Lock()
+
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None, *, oob: bool = False) -> object:
+        """What QEMU returned. Raises what `Client.qmp` raises, and DaemonUnavailable when the session is lost."""
+        request = QmpRequest(execute=command, arguments=dict(arguments or {}), oob=oob)
+        async with self._turn:
+            try:
+                await self._socket.send_str(msgspec.json.encode(request).decode())
+            except ConnectionError as error:
+                raise DaemonUnavailable("the QMP session was lost: the outcome is unknown") from error
+            message = await self._socket.receive()
+        if message.type is not aiohttp.WSMsgType.TEXT:
+            raise _closing_error("the QMP session", message)
+        reply = msgspec.json.decode(message.data, type=_QmpReply)
+        if reply.error is not None:
+            raise error_of(reply.error)
+        return reply.result
+
+
+@asynccontextmanager
+async def qmp_stream(connection: Connection, address: URL) -> AsyncIterator[QmpStream]:
+    """An open QMP session, closed on the way out."""
+    async with _websocket(connection, address, QMP_PROTOCOL) as socket:
+        yield QmpStream(socket)
+
+
 async def log_slice(connection: Connection, path: str, query: Query) -> LogSlice:
     """What the log holds now, from `since` on."""
     reply = await connection.fetch("GET", path, query=query, headers={"Accept": "application/octet-stream"})
@@ -146,6 +183,13 @@ async def event_stream(connection: Connection, since: int | None, machine: str |
         lost_at = clock() if feed.alive or lost_at is None else lost_at
         feed.alive = False
         await asyncio.sleep(RECONNECT_EVERY_S)
+
+
+async def bundle_stream(connection: Connection, path: str) -> AsyncGenerator[bytes, None]:
+    """The pieces of a support bundle as they come."""
+    async with connection.response("GET", url(path, {}), headers={"Accept": "application/gzip"}, deadline_s=None) as response:
+        async for piece in response.content.iter_any():
+            yield piece
 
 
 class _EventFeed:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from qmpd.argv import Option, document, escape, parse
 from qmpd.plan.launch import Listening, SerialPipe
-from qmpd.plan.resolution import Resolved, on_bus, serial_ports
+from qmpd.plan.resolution import Resolved, on_bus, serial_ports, watchdog_model
 from qmpd.spec import SerialConsole, VncDisplay
+
+#: The others are on ISA, or on no bus at all.
+PCI_WATCHDOG: Final = "i6300esb"
 
 
 def monitors(machine: Resolved) -> list[Option | Listening]:
@@ -56,6 +61,15 @@ def entropy(machine: Resolved) -> list[Option]:
         document("object", {"qom-type": "rng-builtin", "id": "rng0-source"}),
         document("device", {"driver": machine.board.rng, "id": "rng0", "rng": "rng0-source", **on_bus(machine.board)}),
     ]
+
+
+def watchdog(machine: Resolved) -> list[Option]:
+    """The watchdog. Of the models there are, PCI's alone needs to be told its bus."""
+    model = watchdog_model(machine.spec, machine.board)
+    if model is None:
+        return []
+    bus = on_bus(machine.board) if model == PCI_WATCHDOG else {}
+    return [document("device", {"driver": model, "id": "watchdog0", **bus})]
 
 
 def devices(machine: Resolved) -> list[Option]:

@@ -32,6 +32,7 @@ FRAGMENTS: Final[tuple[Fragment, ...]] = (
     disks.disks,
     network.nics,
     channels.entropy,
+    channels.watchdog,
     channels.devices,
     channels.extra,
 )

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Final
 
 from qmpd.argv import Option, document, pairs
 from qmpd.board import DiskBus
+from qmpd.facts import MachinePaths
 from qmpd.plan.launch import BlankImage
 from qmpd.plan.resolution import Resolved, disk_bus, on_bus
-from qmpd.spec import BlankDisk, BootDevice, Disk, ImageDisk
+from qmpd.spec import BlankDisk, BootDevice, Disk, DiskErrors, ImageDisk, MachineSpec
+
+#: The devices that can halt the guest when their image fails. All others give every error to the guest.
+HALTING: Final = frozenset(
+    {"ide-cd", "ide-hd", "scsi-cd", "scsi-hd", "usb-storage", "virtio-blk-ccw", "virtio-blk-device", "virtio-blk-pci"}
+)
+#: What QEMU is told for each policy but its own default, which is `enospc` for what is written and `report` for what is read.
+ERROR_OPTIONS: Final[dict[DiskErrors, dict[str, object]]] = {
+    "enospc": {},
+    "stop": {"werror": "stop", "rerror": "stop"},
+    "report": {"werror": "report", "rerror": "report"},
+    "ignore": {"werror": "ignore", "rerror": "ignore"},
+}
+
+
+def disk_path(spec: MachineSpec, paths: MachinePaths, index: int) -> str:
+    """The image behind disk `index` of a definition."""
+    disk = spec.disks[index]
+    return disk.path if isinstance(disk, ImageDisk) else paths.disk(index, disk.format)
 
 
 def image_path(machine: Resolved, index: int) -> str:
     """The image behind disk `index`."""
-    disk = machine.spec.disks[index]
-    return disk.path if isinstance(disk, ImageDisk) else machine.world.paths.disk(index, disk.format)
+    return disk_path(machine.spec, machine.world.paths, index)
 
 
 def blank_images(machine: Resolved) -> tuple[BlankImage, ...]:
@@ -68,6 +87,11 @@ def disks(machine: Resolved) -> list[Option]:
     return options
 
 
+def halts_on_error(disk: Disk, bus: DiskBus) -> bool:
+    """Whether the guest can be halted when the image of a disk on this bus fails."""
+    return (bus.cdrom_device if is_cdrom(disk) else bus.device) in HALTING
+
+
 def _block_node(machine: Resolved, index: int) -> Option:
     disk = machine.spec.disks[index]
     file: dict[str, object] = {"driver": "file", "node-name": f"disk{index}-file", "filename": image_path(machine, index)}
@@ -95,7 +119,7 @@ def _device(machine: Resolved, index: int, bus: DiskBus, name: str, position: in
         device["serial"] = serial
     if boot is not None:
         device["bootindex"] = boot
-    return document("device", device)
+    return document("device", device | ERROR_OPTIONS[disk.on_error])
 
 
 def _board_slot(machine: Resolved, index: int, bus: DiskBus, position: int) -> Option:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Final
 
+import msgspec
+
 from qmpd.argv import Option, pairs
 from qmpd.plan.resolution import Resolved
-from qmpd.spec import OptionValue, PflashFirmware
+from qmpd.spec import Actions, OptionValue, PflashFirmware
 
 #: The first major version all of whose releases know `-audio` without a model.
 AUDIO_SINCE: Final = 9
@@ -25,7 +27,7 @@ def confinement(machine: Resolved) -> list[Option]:
 def audio(machine: Resolved) -> list[Option]:
     """A sound backend that plays nothing. Newer QEMUs refuse boards with sound on board without one; older ones are told by their
     environment. No list of options and no schema says whether `-audio none` is understood, so here the version decides."""
-    return [Option("audio", "none")] if int(machine.world.emulator.version.partition(".")[0]) >= AUDIO_SINCE else []
+    return [Option("audio", "none")] if machine.world.emulator.major_version >= AUDIO_SINCE else []
 
 
 def identity(machine: Resolved) -> list[Option]:
@@ -64,8 +66,15 @@ def memory(machine: Resolved) -> list[Option]:
 
 
 def actions(machine: Resolved) -> list[Option]:
-    """A guest that panics is kept for inspection instead of being ended: QEMU's default would exit with status 0."""
-    return [Option("action", "panic=pause")] if "action" in machine.world.emulator.options else []
+    """What QEMU does with a guest that panics, and what else is not as QEMU would have it."""
+    wanted = {"panic": machine.spec.actions.panic, **chosen_actions(machine.spec.actions)}
+    value = ",".join(f"{name}={value}" for name, value in wanted.items())
+    return [Option("action", value)] if "action" in machine.world.emulator.options else []
+
+
+def chosen_actions(actions: Actions) -> dict[str, str]:
+    """Those actions that somebody chose, by what they are for."""
+    return {name: value for name, value in msgspec.structs.asdict(actions).items() if value != getattr(Actions(), name)}
 
 
 def quirks(machine: Resolved) -> list[Option]:

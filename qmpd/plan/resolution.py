@@ -97,6 +97,13 @@ def mac_address(spec: MachineSpec, index: int) -> str:
     return ":".join([MAC_PREFIX, *(f"{byte:02x}" for byte in digest[:3])])
 
 
+def watchdog_model(spec: MachineSpec, board: Board) -> str | None:
+    """The watchdog to attach: the definition's, or the board's first; None where none is wanted, or the board takes none."""
+    if spec.watchdog is None:
+        return None
+    return spec.watchdog.model or next(iter(board.watchdogs), None)
+
+
 def on_bus(board: Board) -> dict[str, object]:
     """The bus that devices must name on a board where QEMU would not find it by itself."""
     return {} if board.device_bus is None else {"bus": board.device_bus}

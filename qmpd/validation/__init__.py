@@ -11,7 +11,7 @@ from qmpd.errors import Problem
 from qmpd.facts import World
 from qmpd.plan import plan
 from qmpd.spec import MachineSpec
-from qmpd.validation import attachments, booting, devices, escapes, platform
+from qmpd.validation import attachments, booting, devices, escapes, limits, platform
 from qmpd.validation.attachments import disk_changes
 from qmpd.validation.subject import Subject
 
@@ -24,6 +24,8 @@ CHECKS: Final[tuple[Check, ...]] = (
     platform.accelerator,
     platform.cpu,
     platform.memory,
+    platform.actions,
+    limits.limits,
     booting.firmware,
     booting.kernel,
     booting.boot_order,
@@ -33,6 +35,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     attachments.addresses,
     devices.serial_ports,
     devices.entropy,
+    devices.watchdog,
     devices.display,
     devices.further_devices,
     devices.further_options,

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
+from qmpd.board import DiskBus
 from qmpd.errors import Problem
-from qmpd.plan.disks import is_cdrom, is_read_only
+from qmpd.plan.disks import halts_on_error, is_cdrom, is_read_only
 from qmpd.plan.resolution import disk_bus, mac_address, nic_model
 from qmpd.spec import BlankDisk, Disk, ImageDisk, MachineSpec, UserNic
 from qmpd.validation.subject import Subject, choices, file_problems, problem
@@ -30,12 +31,22 @@ def disks(subject: Subject) -> Iterator[Problem]:
             on_bus[name] += 1
             if on_bus[name] > bus.limit:
                 yield problem(f"{where}.bus", f"bus {name!r} of board {subject.named.id!r} takes at most {bus.limit} disk(s)")
-            if is_cdrom(disk) and bus.cdrom_device is None and bus.drive_interface not in {"ide", "scsi"}:
-                yield problem(f"{where}.media", f"bus {name!r} of board {subject.named.id!r} takes no CD-ROM")
-            if bus.drive_interface == "sd":
-                yield from _card_size(subject, disk, where)
+            yield from _suitable(subject, disk, name, bus, where)
         if isinstance(disk, ImageDisk):
             yield from _image(subject, disk, where)
+
+
+def _suitable(subject: Subject, disk: Disk, name: str, bus: DiskBus, where: str) -> Iterator[Problem]:
+    emulator = subject.world.emulator
+    if bus.gone_in is not None and emulator.major_version >= bus.gone_in:
+        lacking = f"{emulator.path} ({emulator.version}) has bus {name!r} of board {subject.named.id!r}"
+        yield problem(f"{where}.bus", f"{lacking} with default devices only, which qmpd leaves out")
+    if is_cdrom(disk) and bus.cdrom_device is None and bus.drive_interface not in {"ide", "scsi"}:
+        yield problem(f"{where}.media", f"bus {name!r} of board {subject.named.id!r} takes no CD-ROM")
+    if disk.on_error != "enospc" and not halts_on_error(disk, bus):
+        yield problem(f"{where}.on_error", f"bus {name!r} of board {subject.named.id!r} gives every error to the guest; leave on_error out")
+    if bus.drive_interface == "sd":
+        yield from _card_size(subject, disk, where)
 
 
 def _image(subject: Subject, disk: ImageDisk, where: str) -> Iterator[Problem]:

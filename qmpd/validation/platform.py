@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qmpd.errors import Problem
+from qmpd.plan.platform import chosen_actions
 from qmpd.plan.resolution import cpu_count, machine_name
 from qmpd.spec import ImageDisk
 from qmpd.validation.subject import Subject, choices, problem
@@ -69,6 +70,14 @@ def memory(subject: Subject) -> Iterator[Problem]:
         yield problem("memory_mib", f"{wanted} MiB is more than the {board.max_mib} MiB board {subject.named.id!r} takes")
     elif wanted % board.step_mib:
         yield problem("memory_mib", f"{wanted} MiB is not a multiple of the {board.step_mib} MiB board {subject.named.id!r} needs")
+
+
+def actions(subject: Subject) -> Iterator[Problem]:
+    """What QEMU shall do with the guest must be something this QEMU can do."""
+    emulator = subject.world.emulator
+    for name, value in chosen_actions(subject.spec.actions).items():
+        if "action" not in emulator.options or f"set-action.{name}={value}" not in emulator.features:
+            yield problem(f"actions.{name}", f"{emulator.path} ({emulator.version}) does not know {value!r}")
 
 
 def oddities(subject: Subject) -> Iterator[Problem]:

@@ -112,7 +112,7 @@ class Bench:
         self._machines[spec.name] = view_of(spec, state)
         return self._machines[spec.name]
 
-    def machines(self, labels: Mapping[str, str], state: State | None) -> MachineList:
+    def machines(self, labels: Mapping[str, str], state: State | None, _caller: Caller) -> MachineList:
         self.calls.append(f"machines {dict(labels)} {state}")
         return MachineList(machines=tuple(self._machines.values()), event=self.bus.last)
 
@@ -152,7 +152,11 @@ class Bench:
     async def events_page(self, since: int, limit: int, machine: str | None) -> EventPage:
         return await self.journal.page(since, limit, machine)
 
-    def metrics(self) -> bytes:
+    @property
+    def upkeep(self) -> Bench:
+        return self
+
+    async def metrics(self) -> bytes:
         return b"qmpd_machines 0\n"
 
     def fill(self, count: int) -> None:

@@ -37,7 +37,7 @@ Case: TypeAlias = schemathesis.Case[Any]
 SCHEMA = schemathesis.openapi.from_dict(json.loads(openapi.encoded()))
 OPERATIONS = {found.ok().label: found.ok() for found in SCHEMA.get_all_operations() if isinstance(found, Ok)}
 #: Answers after many seconds: a new daemon starts every emulator first.
-SLOW: Final = frozenset({"GET /v1/boards", "GET /v1/emulators", "GET /v1/check"})
+SLOW: Final = frozenset({"GET /v1/boards", "GET /v1/emulators", "GET /v1/check", "GET /v1/bundle"})
 
 
 @pytest.fixture

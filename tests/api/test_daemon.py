@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -86,6 +87,8 @@ async def test_what_the_host_is_asked(api: Described) -> None:
     await api("GET", "/v1/boards/{id}", 404, id="no-such-board")
     assert await api("GET", "/v1/emulators", 200)
     assert b"qmpd" in await api("GET", "/metrics", 200)
+    assert (await api("GET", "/v1/doctor", 200))["machines"] == 0
+    assert (await api("GET", "/v1/bundle", 200)).startswith(b"\x1f\x8b")
     await api("GET", "/v1/openapi.json", 200)
 
 
@@ -112,6 +115,33 @@ async def test_a_definition_is_kept_under_its_revision(api: Described) -> None:
     await api("DELETE", AT, 412, headers=first)
     await api("DELETE", AT, 204, headers={"If-Match": f'"{replaced["revision"]}"'})
     assert (await api("GET", AT, 404))["code"] == "not_found"
+
+
+async def test_some_of_a_definition_changes_while_the_machine_runs(api: Described) -> None:
+    created = await api("POST", "/v1/machines", 201, SPEC, query="?start=true")
+    first = {"If-Match": f'"{created["revision"]}"'}
+    assert (await api("PATCH", AT, 428, {"protected": True}))["code"] == "revision_required"
+    assert (await api("PATCH", AT, 422, {"memory_mib": 64}, headers=first))["details"]["problems"]
+    changed = await api("PATCH", AT, 200, {"protected": True, "title": "new", "labels": None}, headers=first)
+    assert (changed["state"], changed["protected"], changed["title"], changed["labels"]) == ("running", True, "new", {"role": "test"})
+    assert (await api("PATCH", AT, 412, {"protected": False}, headers=first))["code"] == "stale_revision"
+    await api("POST", AT + "/stop", 200)
+    assert (await api("DELETE", AT, 409))["code"] == "protected"
+    await api("PATCH", AT, 200, {"protected": False}, headers={"If-Match": f'"{changed["revision"]}"'})
+    await api("DELETE", AT, 204)
+
+
+async def test_the_end_of_the_host_is_a_job_during_which_nothing_starts(api: Described) -> None:
+    await api("POST", "/v1/machines", 201, SPEC, query="?start=true")
+    job = await api("POST", "/v1/shutdown", 202, {"timeout_s": 600})
+    assert (await api("POST", "/v1/shutdown", 409))["code"] == "going_down"
+    assert (await api("POST", "/v1/machines", 409, {**SPEC, "name": "other"}, query="?start=true"))["code"] == "going_down"
+    await api("POST", "/v1/jobs/{id}/cancel", 200, id=job["id"])
+    job = await api("POST", "/v1/shutdown", 202, {"timeout_s": 0})
+    while (job := await api("GET", "/v1/jobs/{id}", 200, id=job["id"]))["state"] == "running":
+        await asyncio.sleep(0.05)
+    assert job["result"]["left"] == 0
+    assert [(end["machine"], end["method"]) for end in job["result"]["machines"]] == [("lab", "quit")]
 
 
 async def test_a_life(api: Described) -> None:

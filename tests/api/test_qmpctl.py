@@ -18,10 +18,14 @@ from qmpd.views import (
     BoardView,
     CheckLine,
     CheckReport,
+    DiskErrorView,
     EmulatorView,
+    ErrorBody,
     ExitView,
+    HostShutdownView,
     JobList,
     JobView,
+    MachineEnd,
     Progress,
     Version,
 )
@@ -166,6 +170,67 @@ def test_a_guest_that_does_not_obey_makes_shutdown_say_no(daemon: StandIn, capsy
     daemon.answers |= {"POST /v1/machines/lab/shutdown": JOB, "GET /v1/jobs/j1": failed}
     assert run(["shutdown", "lab"]) == Exit.NO
     assert capsys.readouterr().err == "qmpctl: it still runs\n"
+
+
+def test_all_machines_are_shut_down_and_how_each_ended_is_told(daemon: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    ends = HostShutdownView(machines=(MachineEnd(machine="a", method="acpi", clean=True), MachineEnd(machine="b", method="sigkill")))
+    ended = msgspec.structs.replace(JOB, state="succeeded", result=msgspec.to_builtins(ends))
+    daemon.answers |= {"POST /v1/shutdown": JOB, "GET /v1/jobs/j1": [JOB, ended]}
+    assert run(["shutdown", "--all", "--timeout", "5", "--then", "kill"]) == Exit.OK
+    assert daemon.asked[0].body == {"timeout_s": 5.0, "then": "kill"}
+    assert capsys.readouterr().out == "a: ended (acpi)\nb: ended (sigkill, not clean)\n"
+    assert run(["--json", "shutdown", "--all"]) == Exit.OK
+    assert [json.loads(line)["method"] for line in capsys.readouterr().out.splitlines()] == ["acpi", "sigkill"]
+
+
+def test_a_machine_that_is_still_there_after_all_were_shut_down_is_a_no(daemon: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    left = MachineEnd(machine="a", error=ErrorBody(code="qemu_silent", message="it is deaf"))
+    ended = msgspec.structs.replace(JOB, state="succeeded", result=msgspec.to_builtins(HostShutdownView(machines=(left,), left=1)))
+    daemon.answers |= {"POST /v1/shutdown": JOB, "GET /v1/jobs/j1": ended}
+    assert run(["shutdown", "--all"]) == Exit.NO
+    assert daemon.asked[0].body == {"timeout_s": None, "then": "stop"}
+    assert capsys.readouterr().out == "a: still there: it is deaf\n"
+    failed = msgspec.structs.replace(JOB, state="failed", error={"code": "internal", "message": "a mistake", "details": {}})
+    daemon.answers["GET /v1/jobs/j1"] = failed
+    assert run(["shutdown", "--all"]) != Exit.OK
+
+
+@pytest.mark.parametrize("words", [["shutdown"], ["shutdown", "lab", "--all"], ["shutdown", "--all", "--then", "nothing"]])
+def test_a_shutdown_is_of_one_machine_or_of_all(daemon: StandIn, words: list[str]) -> None:
+    assert run(words) == Exit.USAGE
+    assert daemon.asked == []
+
+
+@pytest.mark.parametrize(("command", "protected"), [("protect", True), ("unprotect", False)])
+def test_protection_is_a_change_of_the_definition_as_it_is(
+    daemon: StandIn, capsys: pytest.CaptureFixture[str], command: str, protected: bool
+) -> None:
+    changed = machine(protected=protected)
+    daemon.answers |= {"GET /v1/machines/lab": machine(revision=7), "PATCH /v1/machines/lab": changed}
+    assert run([command, "lab"]) == Exit.OK
+    asked = daemon.last("PATCH /v1/machines/lab")
+    assert (asked.body, asked.headers["If-Match"]) == ({"protected": protected}, '"7"')
+    assert capsys.readouterr().out == f"lab: {'protected' if protected else 'not protected'}\n"
+    assert run(["--json", command, "lab"]) == Exit.OK
+    assert json.loads(capsys.readouterr().out)["protected"] is protected
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (DiskErrorView(device="disk0-image", disk=0, nospace=True), "disks[0]: the host's disk is full; resume lets it go on"),
+        (DiskErrorView(device="sda", reason="Input/output error"), "sda: Input/output error; resume lets it go on"),
+        (DiskErrorView(device="sda"), "sda: an error of the host's disk; resume lets it go on"),
+    ],
+)
+def test_a_machine_that_is_halted_by_its_disk_says_so(
+    daemon: StandIn, capsys: pytest.CaptureFixture[str], error: DiskErrorView, told: str
+) -> None:
+    daemon.answers["GET /v1/machines/lab"] = machine(disk_error=error, protected=True)
+    assert run(["show", "lab"]) == Exit.OK
+    shown = capsys.readouterr().out
+    assert told in shown
+    assert "protected" in shown
 
 
 def test_wait_passes_all_states_on(daemon: StandIn, capsys: pytest.CaptureFixture[str]) -> None:

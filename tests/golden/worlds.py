@@ -12,6 +12,7 @@ from qmpd.catalogue import load
 from qmpd.facts import AcceleratorFacts, EmulatorFacts, FileFacts, MachinePaths, MachineType, World
 from qmpd.plan import plan
 from qmpd.plan.resolution import disk_bus
+from qmpd.schema import FEATURE_MARKS
 from qmpd.spec import BiosFirmware, Disk, ImageDisk, Kernel, MachineSpec, UserNic
 from qmpd.storage import paths_of
 from qmpd.validation import problems
@@ -30,6 +31,7 @@ def world(board: Board, spec: MachineSpec, *, kvm: bool = False) -> World:
         target=board.emulators[0],
         version="7.2.22",
         machines=(MachineType(name=board.machine, cpu_max=board.max_cpus),),
+        features=frozenset(mark for mark in FEATURE_MARKS if mark.startswith("set-action.")),
         options=frozenset({"sandbox", "action"}),
         accelerators=frozenset({"tcg", "kvm"}),
     )

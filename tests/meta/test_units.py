@@ -16,7 +16,7 @@ import pytest
 
 from qmpd.lifecycle import State
 from qmpd.service import Service
-from qmpd.settings import Settings, SettingsFile, merged, system_defaults, user_defaults
+from qmpd.settings import Settings, SettingsFile, merged, system_defaults
 from qmpd.spec import MachineSpec
 from qmpd_api.application import create
 from qmpd_api.server import serve
@@ -26,6 +26,8 @@ UNITS = ROOT / "systemd"
 SYSTEM = sorted(path.name for suffix in ("service", "socket", "slice") for path in UNITS.glob(f"*.{suffix}"))
 DAEMONS = ("qmpd.service", "user/qmpd.service")
 HOST = system_defaults()
+#: Of machines with limits: the cgroup that systemd makes for this unit.
+PLACE = "/sys/fs/cgroup/qmpd.slice/qmpd-machines.service"
 #: systemd's tools need a second; on a shared machine more.
 TOOL_DEADLINE_S = 60
 
@@ -167,11 +169,11 @@ def test_the_socket_is_where_clients_look_for_it_and_the_group_may_use_it() -> N
 
 
 def test_the_settings_that_are_installed_are_the_defaults_of_a_host() -> None:
-    assert one("qmpd.service", "ExecStart").endswith("serve --config /etc/qmpd/qmpd.toml")
+    assert one("qmpd.service", "ExecStart").endswith("serve --system --config /etc/qmpd/qmpd.toml")
     read = msgspec.convert(tomllib.loads((UNITS / "qmpd.toml").read_text(encoding="utf-8")), SettingsFile)
 
-    effective = merged(user_defaults("qmpd", HOST.state_dir, {}), read)
-    assert effective == msgspec.structs.replace(HOST, socket_group=one("qmpd.socket", "SocketGroup"))
+    effective = merged(system_defaults(), read)
+    assert effective == msgspec.structs.replace(HOST, socket_group=one("qmpd.socket", "SocketGroup"), machines_cgroup=PLACE)
 
 
 def test_pools_that_are_written_to_can_be() -> None:
@@ -188,6 +190,34 @@ def test_machines_outlive_the_daemon(unit: str) -> None:
     assert one(unit, "OOMPolicy") == "continue"
     assert one(unit, "Restart") == "on-failure"
     assert not {key: reason for key, reason in KEPT_OUT.items() if key in settings_of(unit)}
+
+
+def test_machines_with_limits_are_in_a_cgroup_that_belongs_to_the_daemons_user_and_not_to_the_daemon() -> None:
+    unit, daemon = "qmpd-machines.service", "qmpd.service"
+
+    assert f"/sys/fs/cgroup/{one(unit, 'Slice')}/{unit}" == PLACE
+    assert f"cd {PLACE} && " in one(unit, "ExecStart")
+    assert f"-{PLACE}" in words(daemon, "ReadWritePaths"), "the daemon may write there, and to no other cgroup"
+    assert one(daemon, "ProtectControlGroups") == "yes"
+    assert one(unit, "User") == one(daemon, "User")
+    assert {"cpu", "io", "memory", "pids"} == set(words(unit, "Delegate"))
+    assert "Delegate" not in settings_of(daemon), "a daemon that is started again could not enter a cgroup with controllers"
+
+
+def test_the_place_of_machines_is_there_before_the_daemon_and_after_the_guests() -> None:
+    unit = "qmpd-machines.service"
+
+    assert unit in words("qmpd.service", "Wants")
+    assert unit in words("qmpd.service", "After")
+    assert {"qmpd.service", "qmpd-guests-shutdown.service"} <= set(words(unit, "Before"))
+    assert one(unit, "KillMode") == "process"
+    assert one(unit, "SendSIGKILL") == "no"
+    assert one(unit, "RefuseManualStop") == "yes"
+
+
+def test_machines_may_open_no_more_devices_for_having_limits() -> None:
+    for key in ("DevicePolicy", "DeviceAllow"):
+        assert settings_of("qmpd-machines.service")[key] == settings_of("qmpd.service")[key]
 
 
 @pytest.mark.parametrize("unit", DAEMONS)

@@ -59,6 +59,8 @@ def command(stream, name, ident):
     if name == "system_reset":
         event(stream, "RESET", guest=False, reason="host-qmp-system-reset")
     answer = {{"running": running, "status": status}} if name == "query-status" else ANSWERS.get(name, {{}})
+    if name == "query-uuid":
+        answer = {{"UUID": HABITS.get("uuid") or option("-uuid")[0]}}
     say(stream, {{"return": answer, "id": ident}})
 
 

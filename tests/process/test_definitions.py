@@ -254,7 +254,7 @@ async def test_a_machine_whose_board_is_gone_is_shown_and_cannot_start(roomy: Se
             await service.start("one", StartRequest())
         with pytest.raises(NotFound):
             service.console("one", None)
-        assert await service.metrics()
+        assert await service.upkeep.metrics()
         await service.delete("one", None)
 
 

@@ -14,7 +14,6 @@ from qmpd.daemon import running
 from qmpd.errors import Held, HostError, Invalid, MonitorUnavailable, WrongState
 from qmpd.lifecycle import State
 from qmpd.record import LaunchRecord, read_record, write_record
-from qmpd.registry import STRAY_LOOK_S
 from qmpd.runlock import taken
 from qmpd.service import Service
 from qmpd.settings import Settings
@@ -41,16 +40,19 @@ async def started(settings: Settings, spec: MachineSpec, *, paused: bool = False
 
 async def untouchable(service: Service, pid: int) -> None:
     """What holds for a machine whose QEMU is alive and cannot be reached."""
-    assert service.machine("one").state is State.UNREACHABLE
+    view = service.machine("one")
+    assert (view.state, view.pid) == (State.UNREACHABLE, pid)
+    assert view.trouble is not None
+    assert "no monitor" in view.trouble.reason
     with pytest.raises(WrongState):
         await service.start("one", StartRequest())
     with pytest.raises(WrongState):
         await service.delete("one", None)
     with pytest.raises(MonitorUnavailable):
-        await service.stop("one")
+        await service.screenshot("one")
     os.kill(pid, 0)
     os.kill(pid, signal.SIGKILL)
-    view = await service.wait("one", frozenset({State.CRASHED}), STRAY_LOOK_S + PATIENCE_S)
+    view = await service.wait("one", frozenset({State.CRASHED}), PATIENCE_S)
     assert view.pid is None
     await service.delete("one", None)
 
@@ -62,17 +64,32 @@ async def test_a_wiped_run_directory_starts_nothing_twice(settings: Settings, gu
         await untouchable(service, pid)
 
 
-async def test_another_run_directory_starts_nothing_twice(settings: Settings, guests: dict[str, Guest]) -> None:
+async def test_a_daemon_with_another_run_directory_finds_its_machines(settings: Settings, guests: dict[str, Guest]) -> None:
     pid = await started(settings, quiet(guests))
     async with running(msgspec.structs.replace(settings, run_dir=f"{settings.run_dir}2"), {}) as service:
-        await untouchable(service, pid)
+        view = await service.wait("one", frozenset({State.RUNNING}), PATIENCE_S)
+        assert view.pid == pid
+        assert (await service.stop("one")).method == "quit"
 
 
-async def test_a_damaged_launch_record_destroys_nothing(settings: Settings, guests: dict[str, Guest]) -> None:
+@pytest.mark.parametrize("damage", [b"", b"\xc1 not a record", b"\x91" * 100_000, None], ids=["empty", "garbage", "deep", "gone"])
+async def test_a_machine_is_taken_over_without_a_launch_record(settings: Settings, guests: dict[str, Guest], damage: bytes | None) -> None:
     pid = await started(settings, quiet(guests))
-    (Path(settings.run_dir) / "m" / "one" / "launch.msgpack").write_bytes(b"\xc1 not a record")
+    record = Path(settings.run_dir) / "m" / "one" / "launch.msgpack"
+    if damage is None:
+        record.unlink()
+    else:
+        record.write_bytes(damage)
     async with running(settings, {}) as service:
-        await untouchable(service, pid)
+        view = await service.wait("one", frozenset({State.RUNNING}), PATIENCE_S)
+        assert (view.pid, view.trouble) == (pid, None)
+        assert service.console("one", 0).attached
+    assert read_record(str(record.parent)).identity.pid == pid
+    if damage is not None:
+        assert (record.parent / "launch.msgpack.damaged").read_bytes() == damage
+    async with running(settings, {}) as service:
+        await service.wait("one", frozenset({State.RUNNING}), PATIENCE_S)
+        assert (await service.stop("one")).method == "quit"
 
 
 async def test_a_process_without_any_record_keeps_its_machine_from_being_started(

@@ -11,9 +11,11 @@ import msgspec
 import pytest
 
 from qmpd.database import open_database
-from qmpd.errors import NotFound, NotYet, WrongState
-from qmpd.jobs import Jobs, open_jobs
+from qmpd.errors import NoSpace, NotFound, NotYet, WrongState
+from qmpd.failpoint import arm
+from qmpd.jobs import Jobs, Report, open_jobs
 from qmpd.journal import Journal, open_journal
+from qmpd.views import Progress
 
 PATIENCE_S = 20.0
 
@@ -150,3 +152,51 @@ async def test_a_job_that_is_cut_off_is_found_interrupted(tmp_path: Path) -> Non
         assert (found.state, (found.error or {})["code"]) == ("interrupted", "interrupted")
         with pytest.raises(WrongState):
             await world.jobs.cancel(job.id)
+
+
+async def test_an_ending_that_found_no_space_is_recorded_when_there_is_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qmpd.jobs.WRITE_AGAIN_S", 0.01)
+    async with opened(tmp_path) as world:
+        job = await world.jobs.begin("shutdown", "one", world.work)
+        await world.begun.wait()
+        arm("job-change:error")
+        try:
+            world.go.set()
+            for _ in range(5):
+                await asyncio.sleep(0.02)
+                assert (await world.jobs.job(job.id)).state == "running"
+            with pytest.raises(WrongState, match="is ending already"):
+                await world.jobs.cancel(job.id)
+        finally:
+            arm("")
+        assert await world.ended(job.id) == "succeeded"
+
+
+async def test_a_job_that_is_about_no_one_machine_says_how_far_it_is(tmp_path: Path) -> None:
+    async with opened(tmp_path) as world:
+
+        async def work(report: Report) -> Result:
+            await report(Progress(phase="order 1", done=2, total=3, unit="machines"))
+            return await world.work()
+
+        job = await world.jobs.begin_reporting("host-shutdown", None, work)
+        await world.begun.wait()
+        seen = await world.jobs.job(job.id)
+        assert (seen.machine, seen.progress.done, seen.progress.total) == (None, 2, 3)
+        world.go.set()
+        assert await world.ended(job.id) == "succeeded"
+
+
+async def test_progress_that_cannot_be_recorded_does_not_end_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def full(_job: str, _progress: Progress) -> None:
+        raise NoSpace("the disk is full")
+
+    async with opened(tmp_path) as world:
+        monkeypatch.setattr(world.journal, "update_job", full)
+
+        async def work(report: Report) -> Result:
+            await report(Progress(done=1))
+            return Result()
+
+        job = await world.jobs.begin_reporting("host-shutdown", None, work)
+        assert await world.ended(job.id) == "succeeded"

@@ -96,6 +96,34 @@ def test_an_emulator_is_asked_for_what_it_has() -> None:
     assert (values(able, "sandbox")[0] or "").startswith("on,")
 
 
+def test_only_what_is_not_as_qemu_would_have_it_is_said_of_actions() -> None:
+    emulator = msgspec.structs.replace(WORLD.emulator, options=frozenset({"action"}))
+    able = msgspec.structs.replace(WORLD, emulator=emulator)
+    wanted = {"panic": "exit-failure", "reboot": "shutdown", "shutdown": "poweroff", "watchdog": "pause"}
+    assert values(planned({"actions": wanted}, world=able), "action") == ["panic=exit-failure,reboot=shutdown,watchdog=pause"]
+
+
+def test_a_watchdog_is_the_boards_first_or_the_one_that_is_named() -> None:
+    board = {"watchdogs": ["i6300esb", "ib700"], "device_bus": "pci.1"}
+    assert documents(planned({"watchdog": {}}, board), "device") == [{"driver": "i6300esb", "id": "watchdog0", "bus": "pci.1"}]
+    assert documents(planned({"watchdog": {"model": "ib700"}}, board), "device") == [{"driver": "ib700", "id": "watchdog0"}]
+
+
+@pytest.mark.parametrize(
+    ("policy", "told"),
+    [
+        ("enospc", {}),
+        ("stop", {"werror": "stop", "rerror": "stop"}),
+        ("report", {"werror": "report", "rerror": "report"}),
+        ("ignore", {"werror": "ignore", "rerror": "ignore"}),
+    ],
+)
+def test_what_becomes_of_a_disks_errors_is_said_where_qemu_would_not_do_it(policy: str, told: dict[str, str]) -> None:
+    board = {"disks": {"pci": {"device": "virtio-blk-pci"}}}
+    (device,) = documents(planned({"disks": [{"kind": "image", "path": "/f", "format": "raw", "on_error": policy}]}, board), "device")
+    assert device == {"driver": "virtio-blk-pci", "id": "disk0", "drive": "disk0-image", **told}
+
+
 @pytest.mark.parametrize(("version", "silent"), [("7.2.22", []), ("8.2.0", []), ("9.0.0", ["none"]), ("11.0.50", ["none"])])
 def test_sound_plays_nowhere(version: str, silent: list[str]) -> None:
     emulator = msgspec.structs.replace(WORLD.emulator, version=version)

@@ -169,3 +169,10 @@ async def test_a_machine_that_is_killed_while_it_starts_again_is_left_alone() ->
             while others := [task for task in asyncio.all_tasks() if task.get_name().startswith("restart:")]:
                 await asyncio.wait(others)
         assert starts == ["one"]
+
+
+async def test_while_no_machine_may_start_none_is_started_again() -> None:
+    starter = Starter([])
+    async with background() as tasks:
+        Restarts(tasks, starter, lambda: False).ended(end(machine()))
+        assert await starter.count(0) == 0

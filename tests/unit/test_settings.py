@@ -31,13 +31,13 @@ def test_the_daemon_of_a_user_follows_the_environment() -> None:
     settings = user_defaults("ada", HOME, environ)
     assert (settings.socket, settings.run_dir) == ("/run/user/7/qmpd/qmpd.sock", "/run/user/7/qmpd")
     assert (settings.state_dir, settings.cache_dir) == ("/s/qmpd", "/c/qmpd")
-    assert config_path(7, HOME, environ) == "/f/qmpd/qmpd.toml"
+    assert config_path(HOME, environ, system=False) == "/f/qmpd/qmpd.toml"
 
 
 def test_the_configuration_is_looked_for_where_its_owner_keeps_it() -> None:
-    assert config_path(0, "/root", {"XDG_CONFIG_HOME": "/f"}) == "/etc/qmpd/qmpd.toml"
-    assert config_path(7, HOME, {}) == f"{HOME}/.config/qmpd/qmpd.toml"
-    assert config_path(7, HOME, {"XDG_CONFIG_HOME": ""}) == f"{HOME}/.config/qmpd/qmpd.toml"
+    assert config_path("/root", {"XDG_CONFIG_HOME": "/f"}, system=True) == "/etc/qmpd/qmpd.toml"
+    assert config_path(HOME, {}, system=False) == f"{HOME}/.config/qmpd/qmpd.toml"
+    assert config_path(HOME, {"XDG_CONFIG_HOME": ""}, system=False) == f"{HOME}/.config/qmpd/qmpd.toml"
 
 
 def test_everything_that_can_be_set_can_be_set_in_the_file() -> None:
@@ -51,6 +51,9 @@ def test_what_is_set_replaces_the_default_and_nothing_else(names: set[str]) -> N
     file = msgspec.convert({name: changed[name] for name in names if changed[name] is not None}, SettingsFile)
     settings = merged(system_defaults(), file)
     for name in Settings.__struct_fields__:
+        if name == "socket" and "run_dir" in names and "socket" not in names:
+            assert settings.socket == f"{settings.run_dir}/qmpd.sock"
+            continue
         source = user_defaults("ada", HOME, {}) if name in names and changed[name] is not None else system_defaults()
         assert getattr(settings, name) == getattr(source, name)
 
@@ -67,3 +70,8 @@ def test_a_file_with_a_mistake_is_refused(wrong: dict[str, object]) -> None:
 def test_false_and_empty_are_settings_too() -> None:
     settings = merged(user_defaults("ada", HOME, {}), SettingsFile(raw_options=False, qmp_users=()))
     assert (settings.raw_options, settings.qmp_users) == (False, ())
+
+
+def test_a_socket_that_was_not_set_moves_with_the_run_directory() -> None:
+    assert merged(system_defaults(), SettingsFile(run_dir="/run/lab")).socket == "/run/lab/qmpd.sock"
+    assert merged(system_defaults(), SettingsFile(run_dir="/run/lab", socket="/run/s")).socket == "/run/s"

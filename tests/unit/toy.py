@@ -35,6 +35,7 @@ BOARD: Mapping[str, object] = {
     "nics": {"net": {"device": "net", "limit": 1}, "soldered": {"on_board": "eth"}},
     "default_nic": "net",
     "rng": "rng-pci",
+    "watchdogs": ["isa-debugcon", "old-dog"],
     "display": {"device": "vga"},
 }
 WORLD = World(

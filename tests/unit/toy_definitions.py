@@ -17,6 +17,7 @@ GOOD_ONES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
             "disks": [IMAGE, {"kind": "image", "path": "/g", "format": "raw", "media": "cdrom", "bus": "cd"}],
             "nics": [{"kind": "user", "forwards": [{"guest_port": 22}, {"guest_port": 23}]}],
             "rng": True,
+            "watchdog": {},
             "serial_ports": [{"kind": "none"}, {"kind": "console"}],
             "display": {"kind": "vnc", "device": "vga-old"},
             "devices": [{"driver": "isa-debugcon", "id": "debug", "list": [1, 2.5, None, {"deep": "er"}]}],
@@ -25,6 +26,7 @@ GOOD_ONES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
         {},
     ),
     "one image twice, read only": ({"disks": [{**IMAGE, "read_only": True}, {**IMAGE, "media": "cdrom", "bus": "slot"}]}, {}),
+    "a disk that halts its guest": ({"disks": [{**IMAGE, "on_error": "stop"}]}, {"disks": {"pci": {"device": "virtio-blk-pci"}}}),
     "host CPU": ({"cpu": {"model": "host"}}, {}),
     "an ELF kernel where a device tree is needed": (
         {"kernel": {"image": "/e"}},
@@ -37,6 +39,7 @@ GOOD_ONES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "no firmware": ({"firmware": {"kind": "none"}}, {"firmware": {"default": "required"}}),
     "the word for VGA": ({"display": {"kind": "vnc"}}, {"display": {"vnc_vga": "std"}}),
     "a display on the board": ({"display": {"kind": "vnc"}}, {"display": {"on_board": True}}),
+    "a bus that only newer QEMUs lack": ({"disks": [IMAGE]}, {"disks": {"pci": {"drive_interface": "mtd", "gone_in": 8}}}),
     "a card of the right size": ({"disks": [{"kind": "blank", "size_mib": 64, "bus": "card"}]}, {}),
     "a card image whose real size only QEMU knows": ({"disks": [{**IMAGE, "path": "/q", "format": "qcow2", "bus": "card"}]}, {}),
 }
@@ -179,6 +182,11 @@ WRONG: dict[str, tuple[dict[str, object], dict[str, object], list[str]]] = {
         {},
         ["$.disks[0]: an SD card must have a power of two as its size, and this one has 3145728 bytes; enlarge it with qemu-img resize"],
     ),
+    "a bus of older QEMUs": (
+        {"disks": [IMAGE]},
+        {"disks": {"pci": {"drive_interface": "mtd", "gone_in": 7}}},
+        ["$.disks[0].bus: /usr/bin/qemu-system-toy (7.2.0) has bus 'pci' of board 'toy' with default devices only, which qmpd leaves out"],
+    ),
     "one image twice": (
         {"disks": [{**IMAGE, "read_only": True}, IMAGE]},
         {},
@@ -223,6 +231,30 @@ WRONG: dict[str, tuple[dict[str, object], dict[str, object], list[str]]] = {
         {"serial_ports": [{"kind": "none"}]},
         {"console": {"serial_index": 1}},
         ["$.serial_ports: the console of board 'toy' is serial port 1: list at least 2 ports"],
+    ),
+    "no watchdog": ({"watchdog": {}}, {"watchdogs": []}, ["$.watchdog: no watchdog can be attached to board 'toy'"]),
+    "another board's watchdog": (
+        {"watchdog": {"model": "cat"}},
+        {},
+        ["$.watchdog.model: board 'toy' takes no watchdog 'cat'; it takes isa-debugcon, old-dog"],
+    ),
+    "a watchdog that the emulator lacks": (
+        {"watchdog": {"model": "old-dog"}},
+        {},
+        ["$.watchdog.model: /usr/bin/qemu-system-toy has no device 'old-dog'; close to it: isa-debugcon, vga, vga-old"],
+    ),
+    "actions that the emulator lacks": (
+        {"actions": {"panic": "exit-failure", "watchdog": "inject-nmi"}},
+        {},
+        [
+            "$.actions.panic: /usr/bin/qemu-system-toy (7.2.0) does not know 'exit-failure'",
+            "$.actions.watchdog: /usr/bin/qemu-system-toy (7.2.0) does not know 'inject-nmi'",
+        ],
+    ),
+    "a disk that cannot halt its guest": (
+        {"disks": [{**IMAGE, "on_error": "stop"}]},
+        {},
+        ["$.disks[0].on_error: bus 'pci' of board 'toy' gives every error to the guest; leave on_error out"],
     ),
     "entropy": ({"rng": True}, {"rng": None}, ["$.rng: no random number generator can be attached to board 'toy'"]),
     "no display": (
