@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +13,7 @@ from qmpd.accelerator import Accelerators
 from qmpd.autostart import start_in_order
 from qmpd.bus import open_bus
 from qmpd.capture import keep_trimmed
-from qmpd.catalogue import Catalogue, load, search_path
+from qmpd.catalogue import Catalogue, load_cached, search_path
 from qmpd.confinement import Confiner
 from qmpd.database import open_database
 from qmpd.errors import HostError, QmpdError
@@ -22,6 +22,7 @@ from qmpd.inventory import Inventory
 from qmpd.jobs import open_jobs
 from qmpd.journal import open_journal
 from qmpd.probe import Emulators
+from qmpd.record import LaunchRecord
 from qmpd.recovery import Recovery
 from qmpd.registry import Registry
 from qmpd.restarting import Restarts
@@ -40,6 +41,10 @@ from qmpd.worlds import Worlds
 
 #: A few QEMUs have answered by then. The API does not wait for the others: they are known to live, and unreachable until they answer.
 ADOPT_PATIENCE_S: Final = 0.05
+#: So many are taken over at a time, and the first of them before the API is there.
+ADOPTED_AT_ONCE: Final = 8
+#: Who has no API, a test say, has everything taken over all the same.
+SERVING_LIMIT_S: Final = 2.0
 
 _log = logging.getLogger(__name__)
 
@@ -107,19 +112,38 @@ def _make_directories(settings: Settings) -> None:
 
 
 def _catalogue(settings: Settings, environ: Mapping[str, str]) -> Catalogue:
-    catalogue = load([*(Path(directory) for directory in settings.boards), *search_path(environ)])
+    places = [*(Path(directory) for directory in settings.boards), *search_path(environ)]
+    catalogue = load_cached(places, Path(settings.cache_dir))
     for problem in catalogue.problems:
         _log.warning("board file cannot be used", extra={"problem": str(problem)})
     return catalogue
 
 
-async def _adopt_all(recovery: Recovery, tasks: Tasks) -> None:
+async def _adopt_all(recovery: Recovery, tasks: Tasks, serving: asyncio.Event) -> None:
     """Takes over what lives. One that does not answer keeps nobody waiting: it is known, and unreachable until it does."""
-    found = await recovery.find()
-    adopting = [tasks.start(recovery.adopt(record), f"adopt:{record.definition.spec.name}") for record in found]
-    if adopting:
-        await asyncio.wait(adopting, timeout=ADOPT_PATIENCE_S)
+    living, ended = await recovery.find()
+    # Before anybody can start one of these machines again: its record is removed.
+    await asyncio.gather(*_adopting(recovery, tasks, ended))
+    first, others = living[:ADOPTED_AT_ONCE], living[ADOPTED_AT_ONCE:]
+    if first:
+        await asyncio.wait(_adopting(recovery, tasks, first), timeout=ADOPT_PATIENCE_S)
+    await recovery.note_strays(others)
+    if others:
+        tasks.start(_adopt_rest(recovery, tasks, others, serving), "adopt")
+
+
+async def _adopt_rest(recovery: Recovery, tasks: Tasks, found: Sequence[LaunchRecord], serving: asyncio.Event) -> None:
+    """Takes over the others as soon as the API is there: a hundred of them would keep it busy before its first answer."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(SERVING_LIMIT_S):
+            await serving.wait()
+    for start in range(0, len(found), ADOPTED_AT_ONCE):
+        await asyncio.wait(_adopting(recovery, tasks, found[start : start + ADOPTED_AT_ONCE]), timeout=ADOPT_PATIENCE_S)
     await recovery.note_strays()
+
+
+def _adopting(recovery: Recovery, tasks: Tasks, found: Sequence[LaunchRecord]) -> list[asyncio.Task[None]]:
+    return [tasks.start(recovery.adopt(record), f"adopt:{record.definition.spec.name}") for record in found]
 
 
 @asynccontextmanager
@@ -134,7 +158,7 @@ async def _housekeeping(registry: Registry, service: Service, tally: Tally, samp
 
     async with background() as tasks:
         registry.on_end = Restarts(tasks, tally.restarting(start), lambda: not service.host.under_way).ended
-        await _adopt_all(service.rescue.recovery, tasks)
+        await _adopt_all(service.rescue.recovery, tasks, service.serving)
         tasks.start(service.rescue.recovery.watch_strays(), "strays")
         tasks.start(keep_trimmed(registry.capped_files), "trim-logs")
         tasks.start(sampler.run(), "figures")

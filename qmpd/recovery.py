@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
@@ -38,8 +39,8 @@ class Recovery:
         self._taking: set[str] = set()
         self._unreadable: dict[str, str] = {}
 
-    async def find(self) -> list[LaunchRecord]:
-        """What earlier daemons launched or adopted, and what may live: from the run directory, and then from the definitions.
+    async def find(self) -> tuple[list[LaunchRecord], list[LaunchRecord]]:
+        """What earlier daemons launched or adopted, from the run directory and then from the definitions: what lives, and what does not.
 
         The machines whose processes live are not at rest from here on, whatever it takes until their QEMUs answer.
         """
@@ -48,11 +49,12 @@ class Recovery:
         adopted = [await self._adopted(machine) for machine in self._registry if machine.name not in names]
         found += [record for record in adopted if record is not None]
         living = await asyncio.to_thread(lambda: [is_alive(record.identity) for record in found])
-        for record, lives in zip(found, living, strict=True):
+        pairs = list(zip(found, living, strict=True))
+        for record, lives in pairs:
             machine = self._registry.known(record.definition.spec.name)
             if lives and machine is not None and machine.definition.uuid == record.definition.uuid:
                 machine.found()
-        return found
+        return [record for record, lives in pairs if lives], [record for record, lives in pairs if not lives]
 
     def _read_all(self) -> list[LaunchRecord]:
         records = [self._read(directory) for directory in _run_directories(f"{self._run_dir}/m")]
@@ -78,9 +80,13 @@ class Recovery:
         finally:
             self._taking.discard(name)
 
-    async def note_strays(self) -> None:
-        """Takes over processes that live without a usable record. Those that cannot be identified are known to live, and no more."""
-        resting = [machine for machine in self._registry if machine.state in AT_REST and machine.name not in self._taking]
+    async def note_strays(self, later: Collection[LaunchRecord] = ()) -> None:
+        """Takes over processes that live without a usable record, but for machines whose record will still be looked at.
+
+        Those that cannot be identified are known to live, and no more.
+        """
+        busy = self._taking | {record.definition.spec.name for record in later}
+        resting = [machine for machine in self._registry if machine.state in AT_REST and machine.name not in busy]
         states = [self._registry.paths(machine.name).state for machine in resting]
         locked = await asyncio.to_thread(lambda: [is_taken(state) for state in states])
         for machine, taken in zip(resting, locked, strict=True):

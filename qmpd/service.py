@@ -77,6 +77,8 @@ class Service:
         tokens: Tokens,
     ) -> None:
         self.bus = bus
+        #: Set when the API is offered.
+        self.serving = asyncio.Event()
         self.tokens = tokens
         self.upkeep = upkeep
         self._settings = settings

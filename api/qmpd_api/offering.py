@@ -30,4 +30,5 @@ async def offered(service: Service, settings: Settings, trust: Trust | None) -> 
         await stack.enter_async_context(listening)
         if trust is not None:
             await stack.enter_async_context(answering_remotely(app, trust, settings.listen))
+        service.serving.set()
         yield

@@ -45,6 +45,13 @@ def started(directory: Path, guest: Guest, *further: str, argv: Sequence[str] | 
         process.wait()
 
 
+async def there(path: Path) -> None:
+    """Returns when the path exists."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not await asyncio.to_thread(path.exists):
+            await asyncio.sleep(0.02)
+
+
 async def listening(path: Path) -> None:
     """Returns when somebody listens at a socket, without becoming a client of it."""
     async with asyncio.timeout(PATIENCE_S):

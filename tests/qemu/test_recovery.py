@@ -27,12 +27,16 @@ from qmpd.settings import Settings
 from qmpd.spec import MachineSpec
 from tests.guests.build import Guest
 from tests.machines import spec_of
-from tests.qemu.byhand import PATIENCE_S, listening, started
+from tests.qemu.byhand import PATIENCE_S, listening, started, there
 
 pytestmark = pytest.mark.qemu
 
 #: Listens like a monitor would, in a process that is none.
-LISTENER = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); sys.stdin.read()"
+#: It has its path only when it listens.
+LISTENER = (
+    "import os, socket, sys; path = sys.argv[1]; s = socket.socket(socket.AF_UNIX); s.bind(path + '.new'); s.listen(); "
+    "os.rename(path + '.new', path); sys.stdin.read()"
+)
 #: Holds what it inherited.
 HOLDER = "import sys; sys.stdin.read()"
 
@@ -128,7 +132,7 @@ async def test_a_stranger_at_the_monitor_s_socket_is_not_talked_to(settings: Set
     path = socket_of(settings)
     path.unlink()
     with python(LISTENER, str(path)) as stranger:
-        await listening(path)
+        await there(path)
         async with running(settings, {}) as service:
             with pytest.raises(MonitorUnavailable, match=f"belongs to process {stranger.pid}"):
                 await service.rescue.reattach("one")

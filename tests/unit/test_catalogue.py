@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -10,7 +11,7 @@ import pytest
 
 from qmpd import board as board_module
 from qmpd.board import Board, BoardId, DiskBus, Part
-from qmpd.catalogue import MAX_FILE_BYTES, BoardProblem, Catalogue, contradictions, load, search_path
+from qmpd.catalogue import CACHE_FILE, MAX_FILE_BYTES, BoardProblem, Catalogue, contradictions, load, load_cached, search_path
 from qmpd.errors import NotFound
 from tests.guests.catalogue import load as load_guests
 
@@ -323,3 +324,41 @@ def test_the_readme_s_examples_are_boards(tmp_path: Path) -> None:
 
 def test_ids_are_ids(shipped: Catalogue) -> None:
     assert [msgspec.convert(name, BoardId) for name in shipped.boards] == list(shipped.boards)
+
+
+def test_the_cache_says_what_the_files_say(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert load_cached([MACHINES], tmp_path) == load([MACHINES])
+    assert (tmp_path / CACHE_FILE).exists()
+
+
+def test_a_file_that_came_changed_or_went_is_noticed(tmp_path: Path) -> None:
+    boards, cache = tmp_path / "boards", tmp_path / "cache"
+    shutil.copytree(MACHINES, boards)
+    load_cached([boards], cache)
+    (boards / "new.toml").write_bytes((MACHINES / "x86_64-q35.toml").read_bytes())
+    assert "new" in load_cached([boards], cache).boards
+    text = (boards / "new.toml").read_text()
+    (boards / "new.toml").write_text(text.replace('title = "', 'title = "Another ', 1))
+    assert load_cached([boards], cache).get("new").board.title.startswith("Another ")
+    (boards / "new.toml").write_text("nonsense")
+    assert load_cached([boards], cache).problems
+    (boards / "new.toml").unlink()
+    assert load_cached([boards], cache) == load([boards])
+
+
+@pytest.mark.parametrize("junk", [b"", b"junk", b"\xc1"])
+def test_a_cache_that_is_damaged_or_cannot_be_written_costs_time_only(tmp_path: Path, junk: bytes) -> None:
+    (tmp_path / CACHE_FILE).write_bytes(junk)
+    assert load_cached([MACHINES], tmp_path) == load([MACHINES])
+    blocked = tmp_path / "a-file"
+    blocked.write_bytes(b"")
+    assert load_cached([MACHINES], blocked / "cache") == load([MACHINES])
+
+
+def test_a_directory_that_is_not_there_is_looked_for_each_time(tmp_path: Path) -> None:
+    later = tmp_path / "later"
+    assert "new" not in load_cached([later, MACHINES], tmp_path).boards
+    later.mkdir()
+    (later / "new.toml").write_bytes((MACHINES / "x86_64-q35.toml").read_bytes())
+    assert "new" in load_cached([later, MACHINES], tmp_path).boards
