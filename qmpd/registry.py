@@ -167,10 +167,11 @@ class Registry:
             raise AlreadyExists(f"there is a machine {name!r} already", machine=name)
         self._being_made[name] = None
         try:
-            if await asyncio.to_thread(is_forgotten, self.paths(name).state):
-                kept = f"the files of a forgotten machine {name!r} are in {self.paths(name).state}: move them away first"
-                raise Held(kept, holder="a forgotten machine")
-            if await asyncio.to_thread(is_taken, self.paths(name).state):
+            state = self.paths(name).state
+            forgotten, taken = await asyncio.to_thread(lambda: (is_forgotten(state), is_taken(state)))
+            if forgotten:
+                raise Held(f"the files of a forgotten machine {name!r} are in {state}: move them away first", holder="a forgotten machine")
+            if taken:
                 raise Held(f"a QEMU of an unknown machine {name!r} is alive: end it by hand", holder="a running QEMU")
             yield
         finally:

@@ -28,7 +28,7 @@ from qmpd.registry import Registry
 from qmpd.rescue import Rescue
 from qmpd.settings import Settings
 from qmpd.spec import Limits, MachineChanges, MachineSpec, changed
-from qmpd.storage import clear_place, clear_unfinished, make, mark_finished, mark_unfinished, settle
+from qmpd.storage import clear_unfinished, make, make_place, mark_finished, mark_unfinished, settle
 from qmpd.store import Unknown
 from qmpd.takeover import startable
 from qmpd.tokens import Tokens
@@ -142,9 +142,8 @@ class Service:
         async with self._registry.reserved(spec.name):
             complete, made = await self._completed(spec)
             state_dir = self._registry.paths(spec.name).state
-            await asyncio.to_thread(clear_place, state_dir)
+            await asyncio.to_thread(make_place, state_dir)
             try:
-                await asyncio.to_thread(mark_unfinished, state_dir)
                 await make(made.plan.blank_images, made.plan.copies)
                 machine = await self._registry.create(complete)
             except Unknown:

@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from qmpd.errors import HostError, NoSpace, QmpdError
+from qmpd.errors import AlreadyExists, HostError, NoSpace, QmpdError
 from qmpd.facts import FileFacts
 from qmpd.failpoint import failpoint
 from qmpd.plan import BlankImage, Copy
+from qmpd.runlock import LOCK_NAME
 from qmpd.spec import BiosFirmware, ImageDisk, MachineSpec, PflashFirmware
 
 #: Never a source of images or kernels, whatever the pools say.
@@ -37,6 +38,8 @@ MAGICS: Final = {
 }
 #: Lies in the directory of a machine while its definition is being stored, replaced or deleted.
 UNFINISHED: Final = ".unfinished"
+#: Names of files in one message.
+SHOWN_NAMES: Final = 5
 #: qcow2 header (docs/interop/qcow2.txt): offsets of backing_file_offset, crypt_method and incompatible_features.
 BACKING_OFFSET: Final = 8
 CRYPT_METHOD: Final = 32
@@ -226,8 +229,12 @@ def mark_finished(directory: str) -> None:
 
 def clear_unfinished(directory: str) -> None:
     """Removes the directory if it is still marked. Blocks. Raises HostError."""
-    if (Path(directory) / UNFINISHED).exists():
-        clear_place(directory)
+    own = Path(directory)
+    if (own / UNFINISHED).exists():
+        try:
+            remove_machine_files(directory)
+        except OSError as error:
+            raise _storage_error(error, own) from error
 
 
 def unfinished(machines: str) -> list[str]:
@@ -261,9 +268,23 @@ def remove_machine_files(directory: str) -> None:
     failpoint("files-removed")
 
 
-def clear_place(directory: str) -> None:
-    """Removes what an unfinished creation left, for a new machine of the name. Blocks. Raises HostError."""
+def make_place(directory: str) -> None:
+    """A machine's own directory for a new machine of the name, marked; what an unfinished creation left there is removed. Blocks.
+
+    Raises:
+        AlreadyExists: there are files of a machine whose definition was lost: disks, say, that somebody wants back.
+        NoSpace, HostError: it cannot be made.
+    """
+    own = Path(directory)
     try:
+        if own.is_dir() and not (own / UNFINISHED).exists():
+            kept = sorted(entry.name for entry in own.iterdir() if entry.name != LOCK_NAME)
+            if kept:
+                what = ", ".join(kept[:SHOWN_NAMES])
+                raise AlreadyExists(
+                    f"{own} has files of a machine that is not defined any more ({what}): move them away first", path=str(own)
+                )
         remove_machine_files(directory)
     except OSError as error:
-        raise _storage_error(error, Path(directory)) from error
+        raise _storage_error(error, own) from error
+    mark_unfinished(directory)
