@@ -12,11 +12,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from qmpd.errors import HostError, NoSpace
+from qmpd.errors import AlreadyExists, HostError, NoSpace
 from qmpd.facts import FileFacts
 from qmpd.plan import BlankImage, Copy
+from qmpd.runlock import LOCK_NAME
 from qmpd.spec import MachineSpec
-from qmpd.storage import examine, make, paths_of, remove_machine_files
+from qmpd.storage import examine, make, make_place, mark_finished, paths_of, remove_machine_files
 from tests.process.emulator import names
 from tests.unit.toy import spec_of
 
@@ -250,3 +251,27 @@ def test_a_machines_files_are_removed_with_all_that_is_in_them(tmp_path: Path) -
     remove_machine_files(str(own))
     remove_machine_files(str(own))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_disks_of_a_machine_that_is_not_defined_any_more_are_not_cleared_away(tmp_path: Path) -> None:
+    own = tmp_path / "m"
+    make_place(str(own))
+    (own / "disk0.qcow2").write_bytes(b"data")
+    mark_finished(str(own))
+    with pytest.raises(AlreadyExists, match=r"disk0\.qcow2.*move them away first"):
+        make_place(str(own))
+    assert (own / "disk0.qcow2").read_bytes() == b"data"
+
+
+def test_what_an_unfinished_creation_left_is_cleared_away(tmp_path: Path) -> None:
+    own = tmp_path / "m"
+    make_place(str(own))
+    (own / "disk0.qcow2").write_bytes(b"data")
+    make_place(str(own))
+    assert not (own / "disk0.qcow2").exists()
+
+
+def test_a_lock_alone_is_nobodys_file(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / LOCK_NAME).touch()
+    make_place(str(tmp_path / "m"))
