@@ -137,8 +137,10 @@ def alive(identity: Identity) -> bool:
 
 
 async def quiet() -> None:
-    """Return when no task but the caller's is left."""
+    """Return when no task but the caller's is left, and none is about to be made by one that has just ended."""
     async with asyncio.timeout(PATIENCE_S):
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
         while others := asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.wait(others)
 

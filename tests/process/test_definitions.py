@@ -20,6 +20,7 @@ from qmpd.service import Service
 from qmpd.settings import Settings
 from qmpd.spec import BlankDisk, DisconnectedNic, PflashFirmware
 from qmpd.sqlite import open_store
+from qmpd.storage import mark_unfinished
 from qmpd.views import StartRequest
 from tests.process.emulator import names
 from tests.process.standin_qemu import BOARD, toy, toy_settings, toys
@@ -135,10 +136,21 @@ async def test_a_creation_that_fails_half_way_leaves_nothing(roomy: Settings, mo
 
 async def test_what_an_unfinished_creation_left_is_not_used(roomy: Settings) -> None:
     own = own_directory(roomy)
-    (own / "disk0.raw").write_bytes(b"somebody's secret")
     async with running(roomy, {}) as service:
+        mark_unfinished(str(own))
+        (own / "disk0.raw").write_bytes(b"somebody's secret")
         await service.create(toy(disks=(RAW,)))
         assert (own / "disk0.raw").read_bytes() == bytes(1 << 20)
+
+
+async def test_the_disks_of_a_lost_definition_are_neither_used_nor_removed(roomy: Settings) -> None:
+    own = own_directory(roomy)
+    (own / "disk0.raw").write_bytes(b"data")
+    async with running(roomy, {}) as service:
+        with pytest.raises(AlreadyExists, match="move them away first"):
+            await service.create(toy(disks=(RAW,)))
+        assert service.machines({}, None).machines == ()
+    assert (own / "disk0.raw").read_bytes() == b"data"
 
 
 async def test_files_that_a_living_qemu_uses_are_never_removed(roomy: Settings) -> None:

@@ -110,6 +110,7 @@ async def test_followers_see_the_end_and_all_that_came_before_it(console: Consol
         made = [view(console, 0) for _ in range(3)]
         port.prints(b"last words")
     assert [await viewer.end() for viewer in made] == [b"last words"] * 3
+    await console.load()
     assert (console.end, console.last_line()) == (10, "last words")
 
 

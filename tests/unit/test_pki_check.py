@@ -17,7 +17,12 @@ from qmpd.pki.checking import check
 from qmpd.pki.directory import AUTHORITY, AUTHORITY_KEY, CLIENT, REVOKED, SERVER, Pki
 from qmpd.views import CheckLine
 
-NOW = datetime.now(UTC)
+
+def moment() -> datetime:
+    """Now: not when this file was imported, because a whole run may take longer than certificates are dated back."""
+    return datetime.now(UTC)
+
+
 Break = Callable[[Pki], None]
 
 
@@ -29,8 +34,8 @@ def pki(tmp_path: Path) -> Pki:
     return made
 
 
-def found(pki: Pki, now: datetime = NOW, hosts: tuple[str, ...] = ("localhost",)) -> list[CheckLine]:
-    return [line for line in check(pki.directory, hosts, now) if line.verdict != "pass"]
+def found(pki: Pki, now: datetime | None = None, hosts: tuple[str, ...] = ("localhost",)) -> list[CheckLine]:
+    return [line for line in check(pki.directory, hosts, now or moment()) if line.verdict != "pass"]
 
 
 def put(pki: Pki, name: str, data: bytes) -> None:
@@ -41,9 +46,9 @@ def authority_of(pki: Pki) -> KeyPair:
     return KeyPair(certificate=pki.read(AUTHORITY) or b"", key=pki.read(AUTHORITY_KEY) or b"")
 
 
-def signed(pki: Pki, role: Role, now: datetime = NOW, days: int = 90) -> KeyPair:
+def signed(pki: Pki, role: Role, now: datetime | None = None, days: int = 90) -> KeyPair:
     request = certificates.new_request("localhost")
-    made = certificates.issue(authority_of(pki), request.certificate, name="localhost", role=role, hosts=(), now=now, days=days)
+    made = certificates.issue(authority_of(pki), request.certificate, name="localhost", role=role, hosts=(), now=now or moment(), days=days)
     return KeyPair(certificate=made, key=request.key)
 
 
@@ -53,14 +58,14 @@ def replace(pki: Pki, names: tuple[str, str], pair: KeyPair) -> None:
 
 
 def foreign(pki: Pki) -> None:
-    other = certificates.new_authority("lab", NOW)
+    other = certificates.new_authority("lab", moment())
     request = certificates.new_request("localhost")
-    made = certificates.issue(other, request.certificate, name="localhost", role="peer", hosts=(), now=NOW, days=90)
+    made = certificates.issue(other, request.certificate, name="localhost", role="peer", hosts=(), now=moment(), days=90)
     replace(pki, SERVER, KeyPair(certificate=made, key=request.key))
 
 
 def test_a_set_up_that_is_right_passes_and_was_really_tried(pki: Pki) -> None:
-    lines = check(pki.directory, ("localhost",), NOW)
+    lines = check(pki.directory, ("localhost",), moment())
     assert {line.verdict for line in lines} == {"pass"}
     assert lines[-1].subject == "TLS 1.3 with itself"
 
@@ -83,8 +88,8 @@ def test_a_set_up_that_is_right_passes_and_was_really_tried(pki: Pki) -> None:
         (lambda pki: pki.revoke("localhost"), "was revoked"),
         (lambda pki: replace(pki, CLIENT, signed(pki, "viewer")), "has the role viewer"),
         (lambda pki: replace(pki, SERVER, signed(pki, "operator")), "may not be used as a server"),
-        (lambda pki: replace(pki, SERVER, signed(pki, "peer", NOW + timedelta(days=2))), "is valid from"),
-        (lambda pki: replace(pki, SERVER, signed(pki, "peer", NOW - timedelta(days=9), 3)), "expired"),
+        (lambda pki: replace(pki, SERVER, signed(pki, "peer", moment() + timedelta(days=2))), "is valid from"),
+        (lambda pki: replace(pki, SERVER, signed(pki, "peer", moment() - timedelta(days=9), 3)), "expired"),
     ],
 )
 def test_a_set_up_with_a_mistake_fails_and_says_which(pki: Pki, breaks: Break, message: str) -> None:
@@ -95,11 +100,11 @@ def test_a_set_up_with_a_mistake_fails_and_says_which(pki: Pki, breaks: Break, m
 
 
 def test_what_ends_soon_is_a_warning_and_what_has_ended_a_failure(pki: Pki) -> None:
-    replace(pki, SERVER, signed(pki, "peer", NOW, 20))
+    replace(pki, SERVER, signed(pki, "peer", moment(), 20))
     assert [(line.verdict, line.subject) for line in found(pki)] == [("warn", "as a server")]
-    late = NOW + timedelta(days=350)
+    late = moment() + timedelta(days=350)
     assert ("warn", "revocation list") in {(line.verdict, line.subject) for line in found(pki, late)}
-    later = NOW + timedelta(days=3660)
+    later = moment() + timedelta(days=3660)
     assert {("fail", "certificate"), ("fail", "revocation list")} <= {(line.verdict, line.subject) for line in found(pki, later)}
 
 
