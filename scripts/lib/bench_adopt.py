@@ -51,7 +51,7 @@ async def _killed(daemon: Daemon, names: Sequence[str], pids: Mapping[str, int |
     """Seconds from spawning the next daemon until it answered, and until every machine was running and answered a QMP command."""
     await daemon.replace()
     began = time.perf_counter()
-    async with Client(daemon.client.socket_path) as client:
+    async with Client(daemon.client.target) as client:
         await client.version()
         answered = time.perf_counter() - began
         for name in names:

@@ -33,7 +33,7 @@ async def measure(bench: Bench) -> list[Row]:
         async with asyncio.timeout(DEADLINE_S + count), asyncio.TaskGroup() as group:
             ready = [asyncio.Event() for _ in range(VIEWERS)]
             for number, opened in enumerate(ready):
-                own = Client(client.socket_path)
+                own = Client(client.target)
                 group.create_task(_view(own, last, 2 * count + 1, opened, lags), name=f"viewer:{number}")
             # The first event tells that all of them are there; it is not counted.
             first = asyncio.gather(*(opened.wait() for opened in ready))

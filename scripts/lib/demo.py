@@ -127,7 +127,7 @@ def _by_hand(boots: Sequence[Boot], name: str, daemon: Daemon) -> str:
     qmpctl, pid = ROOT / ".venv/bin/qmpctl", daemon.process.pid
     return f"""
 The daemon (pid {pid}) and its machines are still there; the machines are paused.
-    export QMPD_SOCKET={daemon.client.socket_path}
+    export QMPD_SOCKET={daemon.client.target}
     {qmpctl} list
     {qmpctl} resume {name} && {qmpctl} console {name}
 To end all of it:
