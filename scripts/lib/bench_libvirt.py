@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TextIO
+from typing import IO, Final
 
 from scripts.lib.progress import say
 
@@ -49,7 +49,7 @@ class LibvirtFailed(Exception):
 class Virsh:
     """An open `virsh` shell, for one caller at a time."""
 
-    def __init__(self, commands: TextIO, output: TextIO) -> None:
+    def __init__(self, commands: IO[str], output: IO[str]) -> None:
         self._commands = commands
         self._output = output
 

@@ -20,7 +20,7 @@ NOT_A_NOUN = {"utils", "helpers", "common", "base", "manager", "misc"}
 GATES = {
     "ruff check": ("-m", "ruff", "check", *CODE),
     "ruff format": ("-m", "ruff", "format", "--check", *CODE),
-    "mypy": ("-m", "mypy", "qmpd", "api/qmpd_api", "api/qmpctl", "tests"),
+    "mypy": ("-m", "mypy", "qmpd", "api/qmpd_api", "api/qmpctl", "tests", "scripts"),
     "import contracts": ("-c", "import sys; from importlinter.cli import lint_imports_command as lint; sys.exit(lint())"),
 }
 
