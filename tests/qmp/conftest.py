@@ -5,15 +5,20 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import pytest
 
 from qmpd import commands
+from qmpd.errors import QemuSilent
 from qmpd.monitor import Monitor, connected
 from tests.process.emulator import PATIENCE_S, Emulator, Emulators, emulators_in
 from tests.qmp.peer import Peer
+
+#: A QEMU that has not answered by then never will, or the host is very busy: another one may.
+FIRST_ANSWER_S = 10.0
+STARTS = 3
 
 
 @pytest.fixture
@@ -39,7 +44,16 @@ async def emulators(directory: Path, patient: None) -> AsyncIterator[Emulators]:
 
 @pytest.fixture
 async def qemu(emulators: Emulators) -> Emulator:
-    """A QEMU without a machine, halted."""
+    """A QEMU without a machine, halted, that answers.
+
+    QEMU 7.2 loses what its very first client says, about once in some hundred starts, when that client waits already while the monitor
+    is being moved to its own thread (GLib complains that a source has a context already). These tests are not about that.
+    """
+    for _ in range(STARTS - 1):
+        started = await emulators.start()
+        with suppress(QemuSilent):
+            async with started.session(deadline_s=FIRST_ANSWER_S):
+                return started
     return await emulators.start()
 
 
