@@ -24,6 +24,9 @@ SOON: Final = timedelta(days=30)
 #: A handshake in memory needs three exchanges; more means that it does not end.
 ROUNDS: Final = 10
 
+#: What mends most of it.
+ANEW: Final = "qmpd pki issue HOST where certificates are issued, and copy its files here"
+
 _FILES: Final = Topic("Files")
 _AUTHORITY: Final = Topic("Authority")
 _HOST: Final = Topic("This host")
@@ -50,7 +53,7 @@ def _files(pki: Pki) -> Iterator[CheckLine]:
         mode = stat.S_IMODE(where.stat().st_mode)
     except OSError as error:
         yield _FILES.failed(
-            "directory", f"{where}: {error.strerror}", "There are no certificates.", f"qmpd pki init --dir {where}, or qmpd pki join TOKEN"
+            "directory", f"{where}: {error.strerror}", "There are no certificates.", f"qmpd pki --dir {where} init, or {ANEW}"
         )
         return
     if mode & 0o022:
@@ -62,7 +65,7 @@ def _files(pki: Pki) -> Iterator[CheckLine]:
             path.open("rb").close()
         except FileNotFoundError:
             if name != AUTHORITY_KEY:
-                mend = "qmpd pki join TOKEN" if name in {*SERVER, *CLIENT} else "copy it from the host where certificates are issued"
+                mend = ANEW if name in {*SERVER, *CLIENT} else "copy it from the host where certificates are issued"
                 yield _FILES.failed(name, "is missing", "", mend)
             continue
         except OSError as error:
@@ -120,24 +123,23 @@ def _own(pki: Pki, names: tuple[str, str], subject: str, hosts: Sequence[str], n
         trusted, own = certificates.issued_by(certificate, authority), certificates.fits(key, certificate)
         revoked, _ = certificates.revoked_in(pki.read(REVOKED) or b"", authority)
     except Unreadable as error:
-        yield _HOST.failed(subject, str(error), "", "qmpd pki join TOKEN")
+        yield _HOST.failed(subject, str(error), "", ANEW)
         return
-    again = "qmpd pki join TOKEN"
     if not trusted:
-        yield _HOST.failed(subject, f"{names[0]} was not issued by the authority of {AUTHORITY}", "", again)
+        yield _HOST.failed(subject, f"{names[0]} was not issued by the authority of {AUTHORITY}", "", ANEW)
     if not own:
-        yield _HOST.failed(subject, f"{names[1]} is not the key of {names[0]}", "", again)
+        yield _HOST.failed(subject, f"{names[1]} is not the key of {names[0]}", "", ANEW)
     if facts.serial in revoked:
-        yield _HOST.failed(subject, f"was revoked {revoked[facts.serial]:%Y-%m-%d}", "Every peer refuses it.", again)
+        yield _HOST.failed(subject, f"was revoked {revoked[facts.serial]:%Y-%m-%d}", "Every peer refuses it.", ANEW)
     if facts.role != "peer":
-        yield _HOST.failed(subject, f"has the role {facts.role or 'none'}", "Only a peer may send and take machines.", again)
+        yield _HOST.failed(subject, f"has the role {facts.role or 'none'}", "Only a peer may send and take machines.", ANEW)
     server = names is SERVER
     if not (facts.server if server else facts.client):
-        yield _HOST.failed(subject, f"{names[0]} may not be used {subject}", "Its ExtendedKeyUsage says so.", again)
+        yield _HOST.failed(subject, f"{names[0]} may not be used {subject}", "Its ExtendedKeyUsage says so.", ANEW)
     if server and not set(hosts) & set(facts.hosts):
         known = ", ".join(facts.hosts) or "nobody"
         meaning = "Peers refuse a certificate without the name under which they reach this host."
-        yield _HOST.warned("names", f"{known}; this host calls itself {', '.join(hosts)}", meaning, again)
+        yield _HOST.warned("names", f"{known}; this host calls itself {', '.join(hosts)}", meaning, ANEW)
     yield _dated(_HOST, subject, facts, now, "qmpd pki renew where certificates are issued")
 
 
@@ -167,8 +169,8 @@ def _handshake(pki: Pki) -> CheckLine:
             if not waiting:
                 return _TOGETHER.passed("TLS 1.3 with itself", f"as {name}")
     except ssl.SSLError as error:
-        return _TOGETHER.failed("TLS 1.3 with itself", error.reason or str(error), "", "qmpd pki join TOKEN")
-    return _TOGETHER.failed("TLS 1.3 with itself", "the handshake does not end", "", "qmpd pki join TOKEN")
+        return _TOGETHER.failed("TLS 1.3 with itself", error.reason or str(error), "", ANEW)
+    return _TOGETHER.failed("TLS 1.3 with itself", "the handshake does not end", "", ANEW)
 
 
 def _shaken(side: ssl.SSLObject) -> bool:
