@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from typing import Final, Literal, Protocol
@@ -24,6 +25,8 @@ from qmpd.tasks import alongside
 
 #: Until a new QEMU has built its machine: 0.1 s on an idle host; a minute means that it hangs.
 READY_DEADLINE_S: Final = 60.0
+#: A QEMU that has not answered on one monitor by then is asked on the other, which is given the whole time.
+FIRST_ANSWER_S: Final = 10.0
 #: An adopted QEMU built its machine long ago and greets at once, unless its main loop is blocked.
 GREETING_DEADLINE_S: Final = 5.0
 #: A lost monitor is tried again this often while the process lives.
@@ -79,7 +82,8 @@ class Session:
         self._failure: QmpdError | None = None
         self._owner = owner
         self._name = name
-        self._sockets = sockets
+        # Every machine has two: QEMU 7.2 may lose, as it starts, what the first client of one says, and then never hears it again.
+        self._lines = deque(sockets[name] for name in ("qmp", "rescue") if name in sockets)
         self._stderr_path = stderr_path
         self._monitor: Monitor | None = None
 
@@ -173,11 +177,17 @@ class Session:
             started = True
             ready()
 
-        try:
-            await self._converse(begin_and_tell, READY_DEADLINE_S)
-        except QmpdError as error:
-            if not started:
-                raise await self._launch_failed(error) from error
+        deadlines = (FIRST_ANSWER_S, READY_DEADLINE_S)[-len(self._lines) :]
+        for deadline_s in deadlines:
+            try:
+                await self._converse(begin_and_tell, deadline_s)
+            except QmpdError as error:
+                if not started and isinstance(error, QemuSilent) and deadline_s is not deadlines[-1]:
+                    _log.warning("QEMU does not answer its monitor, the other one is tried", extra={"machine": self._name})
+                    continue
+                if not started:
+                    raise await self._launch_failed(error) from error
+            break
         await self._pause(GRACE_S)
         await self._reconnect()
 
@@ -244,18 +254,22 @@ class Session:
             await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
 
     async def _converse(self, begin: Begin, deadline_s: float) -> None:
-        """One monitor session, until QEMU ends it."""
-        async with connected(self._sockets["qmp"], name=self._name, peer_pid=self.process.identity.pid, deadline_s=deadline_s) as monitor:
-            self._monitor = monitor
-            try:
-                async with (
-                    alongside(self._take_events(monitor), f"events:{self._name}") as events,
-                    alongside(self._watch_silence(monitor), f"silence:{self._name}"),
-                ):
-                    await begin(monitor)
-                    await events
-            finally:
-                self._monitor = None
+        """One monitor session, until QEMU ends it. After silence the next one is held over the machine's other monitor."""
+        try:
+            async with connected(self._lines[0], name=self._name, peer_pid=self.process.identity.pid, deadline_s=deadline_s) as monitor:
+                self._monitor = monitor
+                try:
+                    async with (
+                        alongside(self._take_events(monitor), f"events:{self._name}") as events,
+                        alongside(self._watch_silence(monitor), f"silence:{self._name}"),
+                    ):
+                        await begin(monitor)
+                        await events
+                finally:
+                    self._monitor = None
+        except QemuSilent:
+            self._lines.rotate()
+            raise
 
     async def _take_events(self, monitor: Monitor) -> None:
         async for event in monitor.events():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
+import socket
 from pathlib import Path
 
 import msgspec
@@ -156,3 +158,14 @@ async def test_a_replacement_keeps_the_disks_that_were_made(service: Service, gu
             await service.replace("one", quiet(guests, disks=disks), view.revision)
     changed = await service.replace("one", quiet(guests, disks=(root, data, BlankDisk(size_mib=1))), view.revision)
     assert changed.revision > view.revision
+
+
+async def test_a_monitor_that_serves_somebody_else_is_replaced_by_the_other(settings: Settings, guests: dict[str, Guest]) -> None:
+    pid = await started(settings, quiet(guests))
+    with socket.socket(socket.AF_UNIX) as somebody:
+        somebody.connect(f"{settings.run_dir}/m/one/qmp.sock")
+        assert await asyncio.to_thread(somebody.recv, 1) == b"{"  # greeted: QEMU serves one client at a time
+        async with running(settings, {}) as service:
+            view = await service.wait("one", frozenset({State.RUNNING}), PATIENCE_S)
+            assert view.pid == pid
+            assert (await service.stop("one")).method == "quit"
