@@ -22,15 +22,17 @@ import msgspec
 
 from qmpd import __version__, pkiarguments
 from qmpd.daemon import running
-from qmpd.errors import QmpdError
+from qmpd.errors import Invalid, QmpdError
 from qmpd.failpoint import VARIABLE, arm
 from qmpd.heap import share_one_heap
 from qmpd.logs import configure
 from qmpd.notify import announced, taken_from
-from qmpd.settings import Settings, SettingsFile, config_path, merged, system_defaults, user_defaults
+from qmpd.settings import Settings, SettingsFile, check, config_path, merged, system_defaults, user_defaults
 
 if TYPE_CHECKING:
+    from qmpd.peers import Dial, PeerDaemon, Peers
     from qmpd.service import Service
+    from qmpd.settings import Peer
     from qmpd.trust import Trust
 
 #: sysexits.h: the configuration is wrong, as opposed to the daemon having failed.
@@ -104,7 +106,12 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
             raise ValueError(f"{path}: {error}") from error
     given = {name: str(Path(value).absolute()) for name in PLACES if (value := getattr(arguments, name, None))}
-    return merged(defaults, msgspec.structs.replace(read, **given))
+    settings = merged(defaults, msgspec.structs.replace(read, **given))
+    try:
+        check(settings)
+    except Invalid as error:
+        raise ValueError(f"{path}: {error.message}") from error
+    return settings
 
 
 def _user() -> tuple[int, str, str]:
@@ -117,10 +124,19 @@ def _user() -> tuple[int, str, str]:
     return uid, entry.pw_name, entry.pw_dir
 
 
-def _trust(directory: str) -> Trust:
+def _trust(directory: str, peers: Peers) -> Trust:
     from qmpd.trust import loaded  # a daemon without `listen` needs no cryptography
 
-    return loaded(directory)
+    return loaded(directory, peers)
+
+
+def _dial(settings: Settings) -> Dial:
+    def dial(peer: Peer) -> AbstractAsyncContextManager[PeerDaemon]:
+        from qmpd_api.dialling import dialled  # by then the API has been imported, aside
+
+        return dialled(peer, settings.pki_dir)
+
+    return dial
 
 
 def _offered() -> Offered:
@@ -154,8 +170,8 @@ async def _serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     async with AsyncExitStack() as stack:
-        service = await stack.enter_async_context(running(settings, os.environ))
-        trust = await asyncio.to_thread(_trust, settings.pki_dir) if settings.listen else None
+        service = await stack.enter_async_context(running(settings, os.environ, _dial(settings)))
+        trust = await asyncio.to_thread(_trust, settings.pki_dir, service.peering.peers) if settings.listen else None
         offered = await importing
         await stack.enter_async_context(offered(service, settings, trust))
         await stack.enter_async_context(announced(manager, f"ready, with {service.version().machines_running} machines running"))

@@ -12,6 +12,9 @@ from qmpd.errors import Forbidden, Invalid, Problem, Unauthorized
 #: What somebody is to this daemon: another daemon, or a person or program in one of three roles.
 Role = Literal["peer", "admin", "operator", "viewer"]
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
+#: The roles of people and programs.
+Personal = Literal["admin", "operator", "viewer"]
+PERSONAL: Final[tuple[Personal, ...]] = get_args(Personal)
 #: What a request needs: to look, to use what is there, to change definitions, to do anything; `peer` is for other daemons, and
 #: `join` for hosts that have nothing yet but an invitation, which the request itself carries.
 Right = Literal["read", "operate", "define", "admin", "peer", "join"]
@@ -28,8 +31,8 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """Who is at the other end of the API connection, and in which role; None: nobody who is known.
 
     On the Unix socket the kernel names the process, and whoever may open the socket is an admin. Over TLS it is the owner of a
-    token or certificate at `address`. `labels`: only machines that carry all of them exist for this caller. `unrestricted`: may
-    send any QMP command.
+    token or certificate at `address`; `peer` is its name in the settings, where it is another daemon. `labels`: only machines that
+    carry all of them exist for this caller. `unrestricted`: may send any QMP command.
     """
 
     uid: int | None = None
@@ -39,6 +42,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     role: Role | None = None
     labels: Mapping[str, str] = {}
     address: str | None = None
+    peer: str | None = None
     unrestricted: bool = False
 
 
@@ -56,6 +60,8 @@ def check_right(caller: Caller, right: Right) -> None:
         allowed = [role for role in ROLES if right in RIGHTS[role]]
         message = f"{caller.user or 'this caller'} is {caller.role}; this is for {' or '.join(allowed)}"
         raise Forbidden(message, role=caller.role, allowed=allowed)
+    if caller.role == "peer" and caller.peer is None:
+        raise Forbidden(f"{caller.user or 'this caller'} shows no certificate of a peer that this daemon knows", role=caller.role)
 
 
 def in_scope(labels: Mapping[str, str], caller: Caller) -> bool:

@@ -21,6 +21,8 @@ from qmpd.filewatch import watching
 from qmpd.inventory import Inventory
 from qmpd.jobs import open_jobs
 from qmpd.journal import open_journal
+from qmpd.peering import Peering, nowhere
+from qmpd.peers import Dial, Peers
 from qmpd.probe import Emulators
 from qmpd.record import LaunchRecord
 from qmpd.recovery import Recovery
@@ -50,8 +52,10 @@ _log = logging.getLogger(__name__)
 
 
 @asynccontextmanager
-async def running(settings: Settings, environ: Mapping[str, str]) -> AsyncIterator[Service]:
+async def running(settings: Settings, environ: Mapping[str, str], dial: Dial = nowhere) -> AsyncIterator[Service]:
     """A daemon without its API: a service whose machines are loaded and whose living processes are adopted.
+
+    `dial` is how it reaches its peers.
 
     Leaving lets go of the machines and touches none: their QEMUs go on.
 
@@ -78,6 +82,7 @@ async def running(settings: Settings, environ: Mapping[str, str]) -> AsyncIterat
         service = Service(
             settings=settings,
             tokens=tokens,
+            peering=Peering(Peers(settings.peers), dial),
             registry=registry,
             worlds=Worlds(catalogue, emulators, accelerators, settings, confiner),
             inventory=inventory,

@@ -29,6 +29,10 @@ The tree (a leaf is a meaning; its `code` is stable and part of the API)::
     │   ├── QemuDied         QEMU ended while a command was under way
     │   ├── MonitorUnavailable  there is no monitor connection
     │   └── QemuSilent       no answer within the deadline: the outcome is unknown
+    ├── PeerError
+    │   ├── PeerUnavailable  no connection to another daemon could be made: nothing was asked of it
+    │   ├── PeerRefused      another daemon answered with an error
+    │   └── PeerSilent       no answer of another daemon: the outcome is unknown
     ├── HostError            this host lacks something, or its system refused it
     ├── NotYet               what was waited for did not happen in time
     └── NoSpace              the disk is full; nothing was changed
@@ -218,6 +222,30 @@ class QemuSilent(QemuError):
     """QEMU did not answer within the deadline. A command that changes something may still take effect: ask again."""
 
     code = "qemu_silent"
+
+
+class PeerError(QmpdError):
+    """Something between this daemon and another one went wrong; details carry `peer`."""
+
+    code = "peer_error"
+
+
+class PeerUnavailable(PeerError):
+    """No connection to the peer could be made, or it is not who it should be. Nothing was asked of it."""
+
+    code = "peer_unavailable"
+
+
+class PeerRefused(PeerError):
+    """The peer answered with an error; details carry it as `error`."""
+
+    code = "peer_refused"
+
+
+class PeerSilent(PeerError):
+    """The peer did not answer within the deadline, or the connection broke: what was asked may still take effect."""
+
+    code = "peer_silent"
 
 
 class HostError(QmpdError):

@@ -23,6 +23,7 @@ from qmpd.journal import Journal
 from qmpd.launching import Launch
 from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine, now
+from qmpd.peering import Peering
 from qmpd.plan import plan, resolve
 from qmpd.registry import Registry
 from qmpd.rescue import Rescue
@@ -75,11 +76,13 @@ class Service:
         jobs: Jobs,
         upkeep: Upkeep,
         tokens: Tokens,
+        peering: Peering,
     ) -> None:
         self.bus = bus
         #: Set when the API is offered.
         self.serving = asyncio.Event()
         self.tokens = tokens
+        self.peering = peering
         self.upkeep = upkeep
         self._settings = settings
         self._registry = registry

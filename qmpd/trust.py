@@ -12,8 +12,10 @@ from typing import Final
 
 from qmpd.access import ROLES, Caller, Role
 from qmpd.emulatorfiles import Stamp, stamp
-from qmpd.errors import Unauthorized
-from qmpd.pki.certificates import ORGANIZATION, Unreadable, describe, describe_der, revoked_in
+from qmpd.errors import Forbidden, Unauthorized
+from qmpd.peers import Peers
+from qmpd.pki import ORGANIZATION
+from qmpd.pki.certificates import Unreadable, describe, describe_der, revoked_in
 from qmpd.pki.context import client_context, server_context
 from qmpd.pki.directory import AUTHORITY, REVOKED, SERVER, Pki
 
@@ -28,8 +30,9 @@ _log = logging.getLogger(__name__)
 class Trust:
     """The certificates of one directory, loaded. Made by `loaded`."""
 
-    def __init__(self, pki: Pki, server: ssl.SSLContext, client: ssl.SSLContext, names: tuple[str, ...]) -> None:
+    def __init__(self, pki: Pki, server: ssl.SSLContext, client: ssl.SSLContext, names: tuple[str, ...], peers: Peers) -> None:
         self.pki = pki
+        self._peers = peers
         self.server = server
         self.client = client
         self.names = names
@@ -42,6 +45,7 @@ class Trust:
 
         Raises:
             Unauthorized: it was revoked, or it gives no role.
+            Forbidden: it is that of a peer whom the settings do not name.
         """
         await self._look()
         try:
@@ -56,7 +60,13 @@ class Trust:
         role = _ROLES.get(facts.role) if facts.organization == ORGANIZATION else None
         if role is None:
             raise Unauthorized("this certificate gives no role")
-        return Caller(user=f"{role}:{facts.name}", role=role, address=address)
+        if role != "peer":
+            return Caller(user=f"{role}:{facts.name}", role=role, address=address)
+        peer = self._peers.owned_by(facts.name)
+        if peer is None:
+            _log.warning("peer refused", extra={"certificate": facts.name, "serial": facts.serial, "address": address})
+            raise Forbidden(f"{facts.name} is no peer of this daemon", role=role)
+        return Caller(user=f"peer:{peer.name}", role=role, address=address, peer=peer.name)
 
     async def _look(self) -> None:
         now = asyncio.get_running_loop().time()
@@ -81,12 +91,12 @@ class Trust:
             context.load_verify_locations(str(self.pki.directory / REVOKED))
 
 
-def loaded(directory: str) -> Trust:
-    """The trust of a directory. Blocks.
+def loaded(directory: str, peers: Peers) -> Trust:
+    """The trust of a directory, and in these peers. Blocks.
 
     Raises:
         HostError: a file is missing or cannot be used.
     """
     pki = Pki(directory)
     server, client = server_context(pki), client_context(pki)
-    return Trust(pki, server, client, describe(pki.read(SERVER[0]) or b"").hosts)
+    return Trust(pki, server, client, describe(pki.read(SERVER[0]) or b"").hosts, peers)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from qmpd.access import Role
+from qmpd.access import Personal, Role
 from qmpd.errors import Problem
 from qmpd.lifecycle import State
 from qmpd.processviews import AdoptedView, TroubleView
@@ -351,11 +351,14 @@ class ErrorBody(View, frozen=True, kw_only=True):
     details: dict[str, object] = {}
 
 
-class TokenRequest(View, frozen=True, kw_only=True):
-    """A token to be made. `labels`: it is good for machines that carry all of them only. `days`: how long it is valid; null: for ever."""
+class TokenRequest(Request, frozen=True, kw_only=True):
+    """A token to be made. `labels`: it is good for machines that carry all of them only. `days`: how long it is valid; null: for ever.
+
+    No token makes anybody a peer: another daemon shows a certificate, whose key does not travel.
+    """
 
     name: Word
-    role: Role
+    role: Personal
     labels: Annotated[dict[Word, Label], Meta(max_length=MAX_LABELS)] = {}
     days: Annotated[float, Meta(gt=0, le=36_500)] | None = 90.0
 

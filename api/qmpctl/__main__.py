@@ -30,6 +30,7 @@ COMMANDS: Final = {
         "running": ("run",),
         "operations": ("doctor", "bundle"),
         "tokens": ("tokens", "token-create", "token-revoke"),
+        "trust": ("peers",),
         "completion": ("completion",),
     }.items()
     for name in names

@@ -14,6 +14,7 @@ from qmpd.errors import (
     Invalid,
     NotFound,
     NotYet,
+    PeerError,
     QemuError,
     QmpdError,
     RevisionRequired,
@@ -49,6 +50,7 @@ _BY_CLASS: Final[tuple[tuple[type[QmpdError], Exit], ...]] = (
     (StaleRevision, Exit.CONFLICT),
     (RevisionRequired, Exit.CONFLICT),
     (QemuError, Exit.QEMU),
+    (PeerError, Exit.UNAVAILABLE),
 )
 #: The client's own errors, by code: their classes come with an HTTP client that most failures do not need.
 _BY_CODE: Final = {"daemon_unavailable": Exit.UNAVAILABLE, "daemon_silent": Exit.UNAVAILABLE}

@@ -10,18 +10,18 @@ import click
 from qmpctl.invocation import Verb, as_json, for_each, perform
 from qmpctl.machines import LabelType
 from qmpctl.tables import print_json, print_table
-from qmpd.access import ROLES, Role
+from qmpd.access import PERSONAL, Personal
 from qmpd.views import TokenRequest
 
 #: Of `qmpctl token-create`, in days.
 VALID_DAYS: Final = 90.0
 
 
-class RoleType(click.Choice[Role]):
-    """One of the roles."""
+class RoleType(click.Choice[Personal]):
+    """One of the roles of people and programs."""
 
     def __init__(self) -> None:
-        super().__init__(ROLES)
+        super().__init__(PERSONAL)
 
 
 @click.command("token-create", cls=Verb)
@@ -29,7 +29,7 @@ class RoleType(click.Choice[Role]):
 @click.option("--role", type=RoleType(), required=True, help="What its owner may do.")
 @click.option("--label", "labels", type=LabelType(), multiple=True, help="Only for machines with this label; may be repeated.")
 @click.option("--days", type=float, default=VALID_DAYS, show_default=True, help="How long it is valid; 0: until it is revoked.")
-def token_create_command(name: str, role: Role, labels: Sequence[tuple[str, str]], days: float) -> None:
+def token_create_command(name: str, role: Personal, labels: Sequence[tuple[str, str]], days: float) -> None:
     """Make a token. Its text is printed once, and kept nowhere."""
     request = TokenRequest(name=name, role=role, labels=dict(labels), days=days or None)
     made = perform(lambda client: client.create_token(request))

@@ -37,19 +37,17 @@ from qmpd.views import (
     JobView,
     MachineList,
     MachineView,
-    NewToken,
     QmpAnswer,
     QmpRequest,
     SendKeyRequest,
     ShutdownRequest,
     StartRequest,
     StopView,
-    TokenRequest,
-    TokenView,
     ValidationReport,
     Version,
 )
 from qmpd_api.connection import (
+    DAEMON,
     MARGIN_S,
     PROBE_DEADLINE_S,
     QUERY_DEADLINE_S,
@@ -57,6 +55,7 @@ from qmpd_api.connection import (
     Connection,
     DaemonSilent,
     DaemonUnavailable,
+    Failures,
     Query,
     Remote,
     T,
@@ -78,6 +77,7 @@ from qmpd_api.streams_client import (
     log_stream,
     qmp_stream,
 )
+from qmpd_api.trust_client import TrustVerbs
 
 __all__ = ["Client", "ConsoleStream", "DaemonSilent", "DaemonUnavailable", "LogSlice", "QmpStream", "Wire"]
 
@@ -87,17 +87,18 @@ JOB_LOOK_S: Final = 0.25
 DEFAULT_WAIT_S: Final = 60.0
 
 
-class Client:
+class Client(TrustVerbs):
     """A connection to one daemon, used in `async with`. Safe to use from any number of tasks at once."""
 
-    def __init__(self, target: str | Remote | None = None, *, wire: Wire = "msgpack") -> None:
+    def __init__(self, target: str | Remote | None = None, *, wire: Wire = "msgpack", failures: Failures = DAEMON) -> None:
         self.target = target or default_socket()
+        self._failures = failures
         self._wire = wire
         self._stack = AsyncExitStack()
         self._connection: Connection | None = None
 
     async def __aenter__(self) -> Self:
-        self._connection = await self._stack.enter_async_context(connected(self.target, self._wire))
+        self._connection = await self._stack.enter_async_context(connected(self.target, self._wire, self._failures))
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -293,18 +294,6 @@ class Client:
         reported as an EventGap. Raises DaemonUnavailable if the daemon is not there at first, or stays away too long.
         """
         return event_stream(self.connection, since, machine)
-
-    async def tokens(self) -> tuple[TokenView, ...]:
-        """The tokens, without their secrets."""
-        return await self._get("/v1/tokens", tuple[TokenView, ...])
-
-    async def create_token(self, request: TokenRequest) -> NewToken:
-        """Make a token; its text is in this answer and nowhere else."""
-        return await self.connection.call("POST", "/v1/tokens", NewToken, body=request)
-
-    async def revoke_token(self, name_or_id: str) -> None:
-        """End a token at once. Raises NotFound."""
-        await self.connection.fetch("DELETE", f"/v1/tokens/{segment(name_or_id)}")
 
     async def jobs(self, machine: str | None = None) -> JobList:
         """Jobs, newest first."""

@@ -5,13 +5,16 @@ Beside the tree of `qmpd.errors` a caller meets two of its own::
     QmpdError
     ├── DaemonUnavailable    nobody listens on the socket, or the connection broke
     └── DaemonSilent         no answer within the deadline: the outcome is unknown
+
+A daemon that asks a peer meets `PeerUnavailable`, `PeerRefused` and `PeerSilent` instead, and nothing else: what a peer says of its
+machines must not pass for what is said of ours.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Final, Literal, TypeVar
 from urllib.parse import quote
@@ -21,7 +24,7 @@ import msgspec
 from yarl import URL
 
 import qmpd.errors
-from qmpd.errors import Invalid, NotFound, Problem, QmpdError
+from qmpd.errors import Invalid, NotFound, PeerRefused, PeerSilent, PeerUnavailable, Problem, QmpdError
 from qmpd.views import ErrorBody
 
 Wire = Literal["msgpack", "json"]
@@ -111,21 +114,46 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
 class Remote(msgspec.Struct, frozen=True, kw_only=True):
     """A daemon on another host: where it listens (`host:port`), and the directory with the authority's certificate and one's own.
 
-    With a `token` no certificate of one's own is needed, and none is shown.
+    With a `token` no certificate of one's own is needed, and none is shown. `context` is used in place of what is in `pki_dir`.
     """
 
     address: str
     pki_dir: str
     token: str | None = None
+    context: ssl.SSLContext | None = None
+
+
+class Failures(msgspec.Struct, frozen=True, kw_only=True):
+    """In which classes a connection raises: nothing could be asked; it broke, or nobody answered; the answer was an error."""
+
+    unreached: type[QmpdError] = DaemonUnavailable
+    broken: type[QmpdError] = DaemonUnavailable
+    silent: type[QmpdError] = DaemonSilent
+    refused: Callable[[ErrorBody], QmpdError] = error_of
+    about: Mapping[str, object] = {}
+
+
+#: Of a daemon that a person or program talks to.
+DAEMON: Final = Failures()
+
+
+def failures_of_peer(name: str) -> Failures:
+    """Those of a peer. What broke may have been done, so it is silent."""
+
+    def refused(body: ErrorBody) -> QmpdError:
+        return PeerRefused(f"{name} refused: {body.message}", peer=name, error=msgspec.to_builtins(body))
+
+    return Failures(unreached=PeerUnavailable, broken=PeerSilent, silent=PeerSilent, refused=refused, about={"peer": name})
 
 
 class Connection:
     """Requests to one daemon. Made by `connected`; every method raises the errors of `qmpd.errors` and the two of this module."""
 
-    def __init__(self, where: str, session: aiohttp.ClientSession, wire: Wire) -> None:
+    def __init__(self, where: str, session: aiohttp.ClientSession, wire: Wire, failures: Failures = DAEMON) -> None:
         self.where = where
         self.session = session
         self._media = MEDIA[wire]
+        self._failures = failures
 
     async def call(
         self,
@@ -143,7 +171,8 @@ class Connection:
         try:
             return _decode(reply.body, reply.headers.get("Content-Type", self._media), answer)
         except msgspec.DecodeError as error:
-            raise QmpdError(f"the daemon's answer to {method} {path} cannot be understood: {error}") from error
+            message = f"the daemon's answer to {method} {path} cannot be understood: {error}"
+            raise self._failures.refused(ErrorBody(code="internal", message=message)) from error
 
     async def fetch(
         self,
@@ -173,32 +202,35 @@ class Connection:
         with self.translated(f"{method} {address.path}", deadline_s):
             async with self.session.request(method, address, data=data, headers=headers, timeout=limits) as response:
                 if response.status >= 400:
-                    raise _error_in(response, await response.read())
+                    raise self._failures.refused(_error_in(response, await response.read()))
                 yield response
 
     @contextmanager
     def translated(self, what: str, deadline_s: float | None = None) -> Iterator[None]:
-        """Raise what aiohttp raises as DaemonUnavailable and DaemonSilent."""
+        """Raise what aiohttp raises as DaemonUnavailable and DaemonSilent, or as what a peer's failures are."""
+        failures, about = self._failures, {"where": self.where, **self._failures.about}
         try:
             yield
         except aiohttp.ClientConnectorCertificateError as error:
-            raise DaemonUnavailable(f"the daemon at {self.where} is not trusted: {error.certificate_error}", where=self.where) from error
+            raise failures.unreached(f"the daemon at {self.where} is not trusted: {error.certificate_error}", **about) from error
         except aiohttp.ClientConnectorError as error:
-            raise DaemonUnavailable(f"cannot connect to {self.where}: {_reason(error.os_error)}", where=self.where) from error
+            raise failures.unreached(f"cannot connect to {self.where}: {_reason(error.os_error)}", **about) from error
+        except aiohttp.ConnectionTimeoutError as error:
+            message = f"cannot connect to {self.where}: no answer within {CONNECT_DEADLINE_S:g} s"
+            raise failures.unreached(message, **about) from error
         except TimeoutError as error:
-            raise DaemonSilent(f"the daemon at {self.where} did not answer {what} within {deadline_s or CONNECT_DEADLINE_S:g} s") from error
+            message = f"the daemon at {self.where} did not answer {what} within {deadline_s or CONNECT_DEADLINE_S:g} s"
+            raise failures.silent(message, **about) from error
         except (aiohttp.ClientError, ConnectionError) as error:
-            raise DaemonUnavailable(
-                f"the connection to {self.where} broke during {what}: the outcome is unknown ({str(error) or type(error).__name__})",
-                where=self.where,
-            ) from error
+            message = f"the connection to {self.where} broke during {what}: the outcome is unknown ({str(error) or type(error).__name__})"
+            raise failures.broken(message, **about) from error
 
     def _encode(self, body: msgspec.Struct) -> bytes:
         return msgspec.msgpack.encode(body) if self._media == MEDIA["msgpack"] else msgspec.json.encode(body)
 
 
 @asynccontextmanager
-async def connected(target: str | Remote, wire: Wire) -> AsyncIterator[Connection]:
+async def connected(target: str | Remote, wire: Wire, failures: Failures = DAEMON) -> AsyncIterator[Connection]:
     """A pool of connections to a Unix socket or a remote daemon. Nothing is sent before the first call.
 
     Raises:
@@ -213,7 +245,7 @@ async def connected(target: str | Remote, wire: Wire) -> AsyncIterator[Connectio
         connector = aiohttp.UnixConnector(path=target, limit=0)
         where, base, headers = target, "http://localhost", {}
     async with aiohttp.ClientSession(base, connector=connector, headers=headers, auto_decompress=True) as session:
-        yield Connection(where, session, wire)
+        yield Connection(where, session, wire, failures)
 
 
 def _context(remote: Remote) -> ssl.SSLContext:
@@ -221,6 +253,8 @@ def _context(remote: Remote) -> ssl.SSLContext:
     from qmpd.pki.context import anonymous_context, client_context
     from qmpd.pki.directory import Pki
 
+    if remote.context is not None:
+        return remote.context
     pki = Pki(remote.pki_dir)
     return client_context(pki) if remote.token is None else anonymous_context(pki)
 
@@ -231,11 +265,12 @@ def _decode(body: bytes, content_type: str, answer: type[T]) -> T:
     return msgspec.msgpack.decode(body, type=answer)
 
 
-def _error_in(response: aiohttp.ClientResponse, body: bytes) -> QmpdError:
+def _error_in(response: aiohttp.ClientResponse, body: bytes) -> ErrorBody:
     try:
-        return error_of(_decode(body, response.content_type, ErrorBody))
+        return _decode(body, response.content_type, ErrorBody)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return QmpdError(f"the daemon answered {response.status} {response.reason} to {response.method} {response.url.path}")
+        message = f"the daemon answered {response.status} {response.reason} to {response.method} {response.url.path}"
+        return ErrorBody(code=QmpdError.code, message=message)
 
 
 def _reason(error: OSError) -> str:

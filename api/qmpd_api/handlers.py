@@ -24,15 +24,12 @@ from qmpd.views import (
     JobView,
     MachineList,
     MachineView,
-    NewToken,
     QmpAnswer,
     QmpRequest,
     SendKeyRequest,
     ShutdownRequest,
     StartRequest,
     StopView,
-    TokenRequest,
-    TokenView,
     ValidationReport,
     Version,
 )
@@ -259,18 +256,3 @@ def _tagged(view: MachineView) -> Reply:
 
 def _job(view: JobView) -> Reply:
     return Reply(document=view, headers={"Location": f"/v1/jobs/{view.id}"})
-
-
-async def tokens(call: Call[None, Query]) -> tuple[TokenView, ...]:
-    """The tokens."""
-    return call.service.tokens.list()
-
-
-async def create_token(call: Call[TokenRequest, Query]) -> NewToken:
-    """Make a token."""
-    return await call.service.tokens.create(call.body)
-
-
-async def revoke_token(call: Call[None, Query]) -> None:
-    """End a token."""
-    await call.service.tokens.revoke(call.id)

@@ -9,13 +9,14 @@ from typing import Any, Final, Generic, Literal, TypeVar
 from aiohttp import web
 
 from qmpd import errors as e
+from qmpd import peerviews as pv
 from qmpd import processviews as p
 from qmpd import views as v
 from qmpd.access import Right
 from qmpd.board import NamedBoard
 from qmpd.errors import QmpdError
 from qmpd.spec import MachineChanges, MachineSpec
-from qmpd_api import downloads, handlers, streams
+from qmpd_api import downloads, handlers, streams, trust_handlers
 from qmpd_api.exchange import Call
 from qmpd_api.handlers import Nothing
 from qmpd_api.queries import (
@@ -183,11 +184,18 @@ ROUTES: Final[tuple[Route[Any, Any], ...]] = (
     Route(method="POST", path="/v1/jobs/{id}/cancel", summary="Ask a job to stop", right="operate", scoped=True, query=Query,
           handler=handlers.cancel, body=Nothing, body_needed=False, answer=v.JobView, errors=(e.NotFound, e.WrongState), pool="changes"),
     Route(method="GET", path="/v1/tokens", summary="The tokens, without their secrets", right="admin", query=Query,
-          handler=handlers.tokens, answer=tuple[v.TokenView, ...]),
+          handler=trust_handlers.tokens, answer=tuple[v.TokenView, ...]),
     Route(method="POST", path="/v1/tokens", summary="Make a token; its text is in the answer and nowhere else", right="admin", query=Query,
-          handler=handlers.create_token, body=v.TokenRequest, answer=v.NewToken, status=201, errors=(e.Invalid, e.NoSpace), pool="changes"),
+          handler=trust_handlers.create_token, body=v.TokenRequest, answer=v.NewToken, status=201, errors=(e.Invalid, e.NoSpace),
+          pool="changes"),
     Route(method="DELETE", path="/v1/tokens/{id}", summary="End a token at once", right="admin", query=Query,
-          handler=handlers.revoke_token, status=204, errors=(e.NotFound, e.NoSpace), pool="changes"),
+          handler=trust_handlers.revoke_token, status=204, errors=(e.NotFound, e.NoSpace), pool="changes"),
+    Route(method="GET", path="/v1/peers", summary="The other daemons that machines are moved to and from", right="read", query=Query,
+          handler=trust_handlers.peers, answer=tuple[pv.PeerView, ...]),
+    Route(method="GET", path="/v1/peers/{id}/health", summary="Ask a peer now whether it can be reached, and what it says", right="read",
+          query=Query, handler=trust_handlers.peer_health, answer=pv.PeerHealth, errors=(e.NotFound,), pool="waits"),
+    Route(method="GET", path="/v1/peer", summary="What this daemon says to a peer that asks", right="peer", query=Query,
+          handler=trust_handlers.greeting, answer=pv.PeerGreeting),
     Route(method="GET", path="/metrics", summary="The numbers of this daemon for Prometheus", right="read", query=Query,
           handler=handlers.metrics, produces=PROMETHEUS),
     Route(method="GET", path="/v1/openapi.json", summary="This description", right="read", scoped=True, query=Query,

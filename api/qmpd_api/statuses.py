@@ -57,6 +57,8 @@ STATUSES: Final[dict[type[QmpdError], int]] = {
     errors.MonitorUnavailable: 503,
     errors.HostError: 503,
     errors.QemuSilent: 504,
+    errors.PeerError: 502,
+    errors.PeerSilent: 504,
     errors.NotYet: 504,
     errors.NoSpace: 507,
     Unknown: 503,

@@ -6,5 +6,7 @@ from typing import Final
 
 #: Long enough not to be renewed in a hurry, short enough that a lost key is not lost for ever.
 CERTIFICATE_DAYS: Final = 397
+#: The organization in everything that is issued.
+ORGANIZATION: Final = "qmpd"
 #: The directory, in an authority's own, where what it issues is put by default.
 ISSUED: Final = "issued"

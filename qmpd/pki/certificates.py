@@ -22,8 +22,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from qmpd.access import Role
 from qmpd.errors import Problem, invalid
+from qmpd.pki import ORGANIZATION
 
-ORGANIZATION: Final = "qmpd"
 #: A CA outlives the hosts it certifies.
 AUTHORITY_DAYS: Final = 3650
 #: Hosts' clocks differ; a certificate is valid a little before it was made.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
 from typing import Final
 
 from qmpd.errors import HostError
@@ -36,6 +37,21 @@ def client_context(pki: Pki) -> ssl.SSLContext:
 def anonymous_context(pki: Pki) -> ssl.SSLContext:
     """The same for who shows no certificate but a token. Blocks. Raises HostError."""
     return _completed(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), pki, None)
+
+
+def pinned(context: ssl.SSLContext, check: Callable[[bytes], None]) -> ssl.SSLContext:
+    """The same context, whose handshakes end well only if `check` takes the certificate (DER) of the other side as well.
+
+    `check` raises ssl.SSLCertVerificationError; nothing but the handshake has been sent by then.
+    """
+
+    class Checked(ssl.SSLObject):
+        def do_handshake(self) -> None:
+            super().do_handshake()
+            check(self.getpeercert(binary_form=True) or b"")
+
+    context.sslobject_class = Checked
+    return context
 
 
 def _completed(context: ssl.SSLContext, pki: Pki, own: tuple[str, str] | None) -> ssl.SSLContext:

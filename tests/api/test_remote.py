@@ -16,6 +16,7 @@ import pytest
 
 from qmpd.access import RIGHTS, ROLES, Role
 from qmpd.errors import Busy, Forbidden, HostError, Invalid, NotFound, QmpdError, Unauthorized
+from qmpd.peers import Peers
 from qmpd.pki import certificates
 from qmpd.pki.certificates import KeyPair
 from qmpd.pki.directory import AUTHORITY, AUTHORITY_KEY, CLIENT, REVOKED, Pki
@@ -77,7 +78,7 @@ def pki(authority: Path, tmp_path: Path) -> Pki:
 @pytest.fixture
 async def host(pki: Pki, service: Service, tmp_path: Path) -> AsyncIterator[Host]:
     made = Host(pki, tmp_path)
-    trust = await asyncio.to_thread(loaded, str(pki.directory))
+    trust = await asyncio.to_thread(loaded, str(pki.directory), Peers())
     app = create(service, Limits(refusals=5, refusals_forgotten_s=1000.0, shutdown_s=0.1), names=trust.names)
     async with answering_remotely(app, trust, [f"{LOCALHOST}:0"]) as where:
         made.port = where[0][1]
@@ -163,7 +164,7 @@ async def test_certificates_that_are_not_there_are_named(tmp_path: Path) -> None
         async with Client(Remote(address="localhost:1", pki_dir=str(tmp_path / "nothing"))):
             pytest.fail("there are none")
     with pytest.raises(HostError, match="qmpd pki check"):
-        await asyncio.to_thread(loaded, str(tmp_path / "nothing"))
+        await asyncio.to_thread(loaded, str(tmp_path / "nothing"), Peers())
 
 
 async def test_a_token_is_good_for_its_machines_only(host: Host, service: Service) -> None:
@@ -247,7 +248,7 @@ async def test_a_scan_of_the_port_harms_nobody(host: Host) -> None:
 
 @pytest.mark.parametrize("address", ["256.1.1.1:1", "nobody.invalid:1", "127.0.0.1:99999"])
 async def test_an_address_that_cannot_be_listened_at_is_named(pki: Pki, service: Service, address: str) -> None:
-    trust = await asyncio.to_thread(loaded, str(pki.directory))
+    trust = await asyncio.to_thread(loaded, str(pki.directory), Peers())
     with pytest.raises(Invalid, match=r"listen\[0\]"):
         async with answering_remotely(create(service), trust, [address]):
             pytest.fail("it cannot listen there")

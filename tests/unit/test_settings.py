@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmpd.settings import Settings, SettingsFile, config_path, merged, system_defaults, user_defaults
+from qmpd.errors import Invalid
+from qmpd.settings import Settings, SettingsFile, check, config_path, merged, system_defaults, user_defaults
 
 HOME = "/home/ada"
 
@@ -65,6 +66,70 @@ def test_what_is_set_replaces_the_default_and_nothing_else(names: set[str]) -> N
 def test_a_file_with_a_mistake_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(wrong, SettingsFile)
+
+
+def named(**changes: object) -> Settings:
+    return merged(user_defaults("ada", HOME, {}), msgspec.convert(changes, SettingsFile))
+
+
+PEER = {"name": "b", "url": "https://b.example:8443"}
+
+
+def test_a_peer_is_what_the_file_says_and_otherwise_may_send_and_receive() -> None:
+    (peer,) = named(peers=[PEER]).peers
+    assert (peer.owner, peer.address, peer.host, peer.may_send, peer.may_receive) == ("b", "b.example:8443", "b.example", True, True)
+    (peer,) = named(peers=[{**PEER, "url": "https://[fd00::1]:1", "certificate": "b.example", "may_send": False}]).peers
+    assert (peer.owner, peer.address, peer.host, peer.may_send, peer.may_receive) == ("b.example", "[fd00::1]:1", "fd00::1", False, True)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"name": "B"},
+        {"name": "a.b"},
+        {"name": "../b"},
+        {"name": "b\n"},
+        {"url": "http://b:1"},
+        {"url": "https://b"},
+        {"url": "https://b:1/"},
+        {"url": "https://b:1\n"},
+        {"url": "https://u@b:1"},
+        {"certificate": "a,OU=admin"},
+        {"certificate": "a_b"},
+        {"migration_address": "b:1 "},
+        {"may_send": "yes"},
+        {"color": "red"},
+    ],
+    ids=str,
+)
+def test_a_peer_that_cannot_be_one_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        named(peers=[{**PEER, **wrong}])
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"peers": [PEER, PEER]}, "another peer has the name 'b'"),
+        ({"peers": [PEER, {**PEER, "name": "c", "certificate": "b"}]}, "another peer has the certificate 'b'"),
+        ({"peers": [{**PEER, "url": "https://b:0"}]}, "ports are from 1"),
+        ({"peers": [{**PEER, "url": "https://b:65536"}]}, "ports are from 1"),
+        ({"migration_ports": "2000-1000"}, "the lower first"),
+        ({"migration_ports": "0-10"}, "the lower first"),
+        ({"migration_ports": "60000-65536"}, "the lower first"),
+    ],
+)
+def test_what_cannot_be_right_together_is_said(changes: dict[str, object], problem: str) -> None:
+    with pytest.raises(Invalid, match=problem):
+        check(named(**changes))
+
+
+def test_machines_of_peers_are_awaited_where_the_api_is_unless_something_else_is_said() -> None:
+    check(named())
+    assert (named().migration_host, named().migration_port_range) == ("127.0.0.1", range(49152, 49216))
+    assert named(listen=["[fd00::1]:8443", "192.0.2.1:1"]).migration_host == "fd00::1"
+    assert named(listen=["192.0.2.1:1"], migration_listen="192.0.2.2").migration_host == "192.0.2.2"
+    assert named(migration_ports="7-7").migration_port_range == range(7, 8)
 
 
 def test_false_and_empty_are_settings_too() -> None:

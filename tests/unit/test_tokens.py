@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmpd.access import RIGHTS, ROLES, Caller, Right, Role, check_right, in_scope
+from qmpd.access import RIGHTS, ROLES, Caller, Personal, Right, Role, check_right, in_scope
 from qmpd.database import open_database
 from qmpd.errors import Forbidden, Invalid, NotFound, Unauthorized
 from qmpd.sqlite import SqliteStore, open_store
@@ -36,7 +36,7 @@ async def store(tmp_path: Path) -> AsyncIterator[SqliteStore]:
         yield opened
 
 
-def ask(name: str = "robot", role: Role = "operator", days: float | None = 1.0, **labels: str) -> TokenRequest:
+def ask(name: str = "robot", role: Personal = "operator", days: float | None = 1.0, **labels: str) -> TokenRequest:
     return TokenRequest(name=name, role=role, labels=labels, days=days)
 
 
@@ -147,12 +147,23 @@ RIGHT_NAMES: tuple[Right, ...] = ("read", "operate", "define", "admin", "peer")
 @pytest.mark.parametrize("right", RIGHT_NAMES)
 @pytest.mark.parametrize("role", ROLES)
 def test_a_role_has_its_rights_and_no_other(role: Role, right: Right) -> None:
-    caller = Caller(user="x", role=role)
+    caller = Caller(user="x", role=role, peer="x" if role == "peer" else None)
     if right in RIGHTS[role]:
         check_right(caller, right)
     else:
         with pytest.raises(Forbidden, match=f"is {role}; this is for"):
             check_right(caller, right)
+
+
+def test_a_peer_whom_nobody_knows_may_do_nothing() -> None:
+    with pytest.raises(Forbidden, match="no certificate of a peer"):
+        check_right(Caller(user="x", role="peer"), "peer")
+
+
+def test_no_token_makes_a_peer_and_none_says_more_than_there_is_to_say() -> None:
+    for wrong in ({"name": "x", "role": "peer"}, {"name": "x", "role": "viewer", "admin": True}):
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.convert(wrong, TokenRequest)
 
 
 def test_who_is_unknown_may_do_nothing_but_join() -> None:

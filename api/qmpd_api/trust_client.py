@@ -1,0 +1,42 @@
+"""The methods of the client for whom a daemon trusts: tokens and peers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from qmpd.peerviews import PeerGreeting, PeerHealth, PeerView
+from qmpd.views import NewToken, TokenRequest, TokenView
+from qmpd_api.connection import Connection, segment
+
+
+class TrustVerbs(ABC):
+    """One method per route, as in the rest of the client."""
+
+    @property
+    @abstractmethod
+    def connection(self) -> Connection:
+        """The pool of connections to the daemon."""
+
+    async def tokens(self) -> tuple[TokenView, ...]:
+        """The tokens, without their secrets."""
+        return await self.connection.call("GET", "/v1/tokens", tuple[TokenView, ...])
+
+    async def create_token(self, request: TokenRequest) -> NewToken:
+        """Make a token; its text is in this answer and nowhere else."""
+        return await self.connection.call("POST", "/v1/tokens", NewToken, body=request)
+
+    async def revoke_token(self, name_or_id: str) -> None:
+        """End a token at once. Raises NotFound."""
+        await self.connection.fetch("DELETE", f"/v1/tokens/{segment(name_or_id)}")
+
+    async def peers(self) -> tuple[PeerView, ...]:
+        """The other daemons that this one knows. None of them is asked."""
+        return await self.connection.call("GET", "/v1/peers", tuple[PeerView, ...])
+
+    async def peer_health(self, name: str) -> PeerHealth:
+        """Has the daemon ask a peer now. A peer that does not answer is an answer, not an error."""
+        return await self.connection.call("GET", f"/v1/peers/{segment(name)}/health", PeerHealth)
+
+    async def greeting(self) -> PeerGreeting:
+        """What the daemon says to a peer. Raises Forbidden to everybody else."""
+        return await self.connection.call("GET", "/v1/peer", PeerGreeting)

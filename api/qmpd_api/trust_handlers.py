@@ -1,0 +1,38 @@
+"""What the routes about trust do: tokens and peers."""
+
+from __future__ import annotations
+
+from qmpd.peerviews import PeerGreeting, PeerHealth, PeerView
+from qmpd.views import NewToken, TokenRequest, TokenView
+from qmpd_api.exchange import Call
+from qmpd_api.queries import Query
+
+
+async def tokens(call: Call[None, Query]) -> tuple[TokenView, ...]:
+    """The tokens."""
+    return call.service.tokens.list()
+
+
+async def create_token(call: Call[TokenRequest, Query]) -> NewToken:
+    """Make a token."""
+    return await call.service.tokens.create(call.body)
+
+
+async def revoke_token(call: Call[None, Query]) -> None:
+    """End a token."""
+    await call.service.tokens.revoke(call.id)
+
+
+async def peers(call: Call[None, Query]) -> tuple[PeerView, ...]:
+    """The other daemons."""
+    return call.service.peering.list()
+
+
+async def peer_health(call: Call[None, Query]) -> PeerHealth:
+    """Ask another daemon now."""
+    return await call.service.peering.health(call.id)
+
+
+async def greeting(call: Call[None, Query]) -> PeerGreeting:
+    """What a peer hears."""
+    return call.service.peering.greet(call.caller)

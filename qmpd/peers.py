@@ -1,0 +1,73 @@
+"""The other daemons that machines are moved to and from: who they are, and what each may do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from qmpd.access import Caller
+from qmpd.errors import Forbidden, NotFound
+from qmpd.peerviews import PeerCertificate, PeerGreeting
+from qmpd.settings import Peer
+
+
+class Peers:
+    """The peers that the settings name. Whoever is not among them is nobody, whatever certificate it has."""
+
+    def __init__(self, configured: Sequence[Peer] = ()) -> None:
+        self._by_name = {peer.name: peer for peer in configured}
+        self._by_owner = {peer.owner: peer for peer in configured}
+
+    def __iter__(self) -> Iterator[Peer]:
+        """All of them, by name."""
+        return iter(sorted(self._by_name.values(), key=lambda peer: peer.name))
+
+    def get(self, name: str) -> Peer:
+        """The peer of this name. Raises NotFound."""
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise NotFound(f"there is no peer {name!r}", peer=name) from None
+
+    def owned_by(self, owner: str) -> Peer | None:
+        """The peer that has a certificate of this name; None if there is none."""
+        return self._by_owner.get(owner)
+
+    def sender(self, caller: Caller) -> Peer:
+        """The peer that makes a request, which wants to send a machine here. Raises Forbidden where it may not."""
+        peer = self.asking(caller)
+        if not peer.may_send:
+            raise Forbidden(f"{peer.name} may not send machines here: the settings say may_send = false", peer=peer.name)
+        return peer
+
+    def receiver(self, name: str) -> Peer:
+        """The peer of this name, which is to get a machine. Raises NotFound, and Forbidden where it may not."""
+        peer = self.get(name)
+        if not peer.may_receive:
+            raise Forbidden(f"{name} may not receive machines of this daemon: the settings say may_receive = false", peer=name)
+        return peer
+
+    def asking(self, caller: Caller) -> Peer:
+        """The peer that makes a request. Raises Forbidden where it is none."""
+        if caller.peer is None:
+            raise Forbidden(f"{caller.user or 'this caller'} is no peer of this daemon")
+        return self.get(caller.peer)
+
+
+class PeerDaemon(Protocol):
+    """What is asked of another daemon, over a connection on which both sides have shown who they are.
+
+    Each method raises PeerUnavailable, PeerRefused or PeerSilent (`qmpd.errors`).
+    """
+
+    @property
+    def shown(self) -> PeerCertificate | None:
+        """The certificate it showed last; None before the first answer."""
+
+    async def greeting(self) -> PeerGreeting:
+        """What it says of itself, and of us."""
+
+
+#: A connection to a peer for as long as the block runs; nothing is sent before the first question. Raises HostError without certificates.
+Dial = Callable[[Peer], AbstractAsyncContextManager[PeerDaemon]]
