@@ -10,6 +10,7 @@ from msgspec import Meta
 from qmpd.access import Personal, Role
 from qmpd.errors import Problem
 from qmpd.lifecycle import State
+from qmpd.migrationviews import MigrationProgress
 from qmpd.processviews import AdoptedView, TroubleView
 from qmpd.spec import MAX_LABELS, Label, MachineSpec, Seconds, Word
 from qmpd.viewbase import Request, View
@@ -313,7 +314,7 @@ class EventPage(View, frozen=True, kw_only=True):
 
 
 class Progress(View, frozen=True, kw_only=True):
-    """How far a job is. `total` None: not known. `rate` is per second, `eta_s` in seconds."""
+    """How far a job is. `total` None: not known. `rate` is per second, `eta_s` in seconds. `migration`: the figures of one."""
 
     phase: str = ""
     done: float = 0
@@ -321,6 +322,7 @@ class Progress(View, frozen=True, kw_only=True):
     unit: str = ""
     rate: float | None = None
     eta_s: float | None = None
+    migration: MigrationProgress | None = None
 
 
 class JobView(View, frozen=True, kw_only=True):
