@@ -1,10 +1,12 @@
-"""Places where a test can make the daemon die, fail or hang: one at every durable write and every effect outside the process.
+"""Places where a test can make the daemon die, fail, hang or stand still: one at every durable write and every effect outside the process.
 
 `QMPD_FAILPOINT=NAME:WHAT[@N][,NAME:WHAT...]` in the environment of `qmpd serve` arms them; nothing else does, the API least of all. WHAT is
 
 * `kill`: the daemon kills itself with SIGKILL, before it goes on,
 * `error`: the error that this place can meet in life is raised; `CATALOGUE` says which,
-* `hang`: the thread waits for ever, or the task does where the place is on the event loop.
+* `hang`: the thread waits for ever, or the task does where the place is on the event loop,
+* `stop`: the whole daemon stands still there (SIGSTOP) until somebody sends SIGCONT, and then goes on: time to do something else
+  to the world at that very instant.
 
 With `@N` that happens at the N-th pass alone, without it at every pass. A daemon that was not armed pays one look at an empty dict.
 """
@@ -27,7 +29,7 @@ from qmpd.errors import MonitorUnavailable, NoSpace, QemuDied
 
 VARIABLE: Final = "QMPD_FAILPOINT"
 
-What = Literal["kill", "error", "hang"]
+What = Literal["kill", "error", "hang", "stop"]
 
 _log = logging.getLogger(__name__)
 
@@ -150,13 +152,13 @@ def _charge(item: str) -> tuple[str, _Charge]:
     if name not in CATALOGUE:
         raise ValueError(f"{VARIABLE}: there is no failpoint {name!r}; there are {', '.join(CATALOGUE)}")
     if what == "error" and CATALOGUE[name].error is None:
-        raise ValueError(f"{VARIABLE}: no error can happen at {name}, only kill and hang")
+        raise ValueError(f"{VARIABLE}: no error can happen at {name}, only kill, hang and stop")
     if not at.isdecimal() and "@" in rest:
         raise ValueError(f"{VARIABLE}: {item!r} must end with the number of a pass, like {name}:kill@2")
     for known in get_args(What):
         if what == known:
             return name, _Charge(known, int(at) if at else None)
-    raise ValueError(f"{VARIABLE}: {item!r} must be NAME:kill, NAME:error or NAME:hang")
+    raise ValueError(f"{VARIABLE}: {item!r} must be NAME:kill, NAME:error, NAME:hang or NAME:stop")
 
 
 def _due(name: str) -> What | None:
@@ -166,6 +168,9 @@ def _due(name: str) -> What | None:
     _log.warning("failpoint passed", extra={"failpoint": name, "what": charge.what})
     if charge.what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if charge.what == "stop":
+        # To this thread, which so stops before it goes on; the others stop with it. One that is sent to the process may be late.
+        signal.raise_signal(signal.SIGSTOP)
     error = CATALOGUE[name].error
     if charge.what == "error" and error is not None:
         raise error()

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +19,8 @@ from qmpd.__main__ import EX_CONFIG, main
 from qmpd.failpoint import CATALOGUE, VARIABLE, arm, failpoint, passing
 
 ROOT = Path(__file__).parents[2]
+#: A process ends in well under a second; only a hang may fail.
+PATIENCE_S = 60.0
 
 
 @pytest.fixture(autouse=True)
@@ -80,15 +86,55 @@ async def test_who_hangs_holds_up_nobody_else() -> None:
         await task
 
 
+#: Says when it has passed a failpoint, in a thread beside one that counts on.
+STOPPING = """
+import itertools, threading
+from qmpd.failpoint import arm, failpoint
+def count():
+    for number in itertools.count():
+        print("count", number, flush=True)
+        threading.Event().wait(0.01)
+threading.Thread(target=count, daemon=True).start()
+arm("record-write:stop@2")
+failpoint("record-write")
+print("first", flush=True)
+failpoint("record-write")
+print("second", flush=True)
+"""
+
+
+def test_who_is_stopped_stands_still_as_a_whole_and_goes_on() -> None:
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", STOPPING], env=environ, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            # Its parent is told when it stops: WUNTRACED.
+            pid, status = os.waitpid(process.pid, os.WUNTRACED)
+            assert pid == process.pid
+            assert os.WIFSTOPPED(status)
+            os.set_blocking(process.stdout.fileno(), False)
+            before = os.read(process.stdout.fileno(), 1 << 16)
+            assert b"first" in before
+            assert b"second" not in before
+            with pytest.raises(BlockingIOError):
+                os.read(process.stdout.fileno(), 1)
+            os.set_blocking(process.stdout.fileno(), True)
+            process.send_signal(signal.SIGCONT)
+            assert "second" in process.stdout.read()
+            assert process.wait(PATIENCE_S) == 0
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("record-rite:kill", "there is no failpoint 'record-rite'; there are database-migrate, "),
-        ("record-write", "'record-write' must be NAME:kill, NAME:error or NAME:hang"),
-        ("record-write:die", "must be NAME:kill, NAME:error or NAME:hang"),
+        ("record-write", "'record-write' must be NAME:kill, NAME:error, NAME:hang or NAME:stop"),
+        ("record-write:die", "must be NAME:kill, NAME:error, NAME:hang or NAME:stop"),
         ("record-write:kill@", "must end with the number of a pass, like record-write:kill@2"),
         ("record-write:kill@-1", "must end with the number of a pass"),
-        ("record-named:error", "no error can happen at record-named, only kill and hang"),
+        ("record-named:error", "no error can happen at record-named, only kill, hang and stop"),
         ("record-write:kill,", "there is no failpoint ''"),
     ],
 )
