@@ -7,15 +7,19 @@ A guest can make QEMU emit more than a thousand events a second, for ever. Three
   the newest events follow: the reader asks QEMU for everything, and still sees how the story ended;
 * the reader is given a burst at once, then a trickle, so that a storm does not become its load either.
 
+Who cannot wait for the trickle, because a guest stands still until it is served, may `hear` each event as it arrives.
+
 Order is QEMU's order always: only neighbours are merged, because STOP, RESUME, STOP is not STOP, STOP, RESUME.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import Mapping
-from typing import Final, Self
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Final, Self, TypeAlias
 
 import msgspec
 
@@ -30,6 +34,8 @@ TRICKLE_HZ: Final = 8.0
 #: Longest event name, and largest count of seconds in a time stamp, that is believed.
 _NAME_LIMIT: Final = 128
 _SECONDS_LIMIT: Final = 2**40
+
+_log = logging.getLogger(__name__)
 
 
 class QmpEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +53,34 @@ class EventsLost(msgspec.Struct, frozen=True, kw_only=True):
     count: int
 
 
+#: Called on the loop for each event as it arrives; must be quick.
+Hearer: TypeAlias = Callable[[QmpEvent | EventsLost], None]
+
+
+class Hearers:
+    """Who wants to hear of each event as it arrives."""
+
+    def __init__(self) -> None:
+        self._takers: list[Hearer] = []
+
+    @contextmanager
+    def hearing(self, take: Hearer) -> Iterator[None]:
+        """Calls `take` while the block lasts."""
+        self._takers.append(take)
+        try:
+            yield
+        finally:
+            self._takers.remove(take)
+
+    def tell(self, item: QmpEvent | EventsLost) -> None:
+        """Calls everybody. Never raises."""
+        for take in tuple(self._takers):
+            try:
+                take(item)
+            except Exception:  # noqa: BLE001  the boundary to the reader: a mistake of one listener must not end the session of all
+                _log.exception("mistake in a listener to events")
+
+
 class EventBacklog:
     """The events of one session; an asynchronous iterator for one reader, which ends after `close` when all is read."""
 
@@ -55,6 +89,7 @@ class EventBacklog:
         self._bytes = 0
         self._arrived = asyncio.Event()
         self._closed = asyncio.Event()
+        self._hearers = Hearers()
         self._loop = asyncio.get_running_loop()
         self._allowance = float(BURST)
         self._allowance_at = self._loop.time()
@@ -63,8 +98,10 @@ class EventBacklog:
         """Take an event message of `size` bytes. Never raises and never grows beyond the limits, whatever the message is."""
         event = _event(message)
         if event is None or size > BYTES_LIMIT:
+            self._hearers.tell(EventsLost(count=1))
             self._lose(1)
             return
+        self._hearers.tell(event)
         newest, newest_size = self._waiting[-1] if self._waiting else (None, 0)
         if isinstance(newest, QmpEvent) and _same(newest, event):
             self._waiting[-1] = (msgspec.structs.replace(event, count=newest.count + 1), newest_size)
@@ -72,6 +109,10 @@ class EventBacklog:
         if len(self._waiting) >= EVENTS_LIMIT or self._bytes + size > BYTES_LIMIT:
             self._lose(0)
         self._append(event, size)
+
+    def hearing(self, take: Hearer) -> AbstractContextManager[None]:
+        """Calls `take` for each event as it arrives, unmerged and unpaced, while the block lasts."""
+        return self._hearers.hearing(take)
 
     def close(self) -> None:
         """No more events will come; those that wait are delivered without pacing."""

@@ -28,7 +28,8 @@ The tree (a leaf is a meaning; its `code` is stable and part of the API)::
     │   ├── QemuRefused      QEMU answered a command with an error
     │   ├── QemuDied         QEMU ended while a command was under way
     │   ├── MonitorUnavailable  there is no monitor connection
-    │   └── QemuSilent       no answer within the deadline: the outcome is unknown
+    │   ├── QemuSilent       no answer within the deadline: the outcome is unknown
+    │   └── MigrationFailed  a migration did not reach its end; the source has its guest
     ├── PeerError
     │   ├── PeerUnavailable  no connection to another daemon could be made: nothing was asked of it
     │   ├── PeerRefused      another daemon answered with an error
@@ -222,6 +223,12 @@ class QemuSilent(QemuError):
     """QEMU did not answer within the deadline. A command that changes something may still take effect: ask again."""
 
     code = "qemu_silent"
+
+
+class MigrationFailed(QemuError):
+    """A migration, or the copying of a disk, did not reach its end; the message has QEMU's words."""
+
+    code = "migration_failed"
 
 
 class PeerError(QmpdError):

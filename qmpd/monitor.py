@@ -14,14 +14,14 @@ import os
 import socket
 import struct
 from collections.abc import AsyncIterator, Mapping
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from typing import Final
 
 import msgspec
 from qemu.qmp import ConnectError, Message, QMPClient, QMPError, Runstate
 from qemu.qmp.error import ProtocolError
 
-from qmpd.backlog import EventBacklog, EventsLost, QmpEvent
+from qmpd.backlog import EventBacklog, EventsLost, Hearer, QmpEvent
 from qmpd.calls import Calls
 from qmpd.commands import CHANGE_DEADLINE_S, QUERY_DEADLINE_S, QUIT_DEADLINE_S, deadline_for
 from qmpd.errors import MonitorUnavailable, QemuDied, QemuSilent, TooLarge
@@ -218,6 +218,10 @@ class Monitor:
     def events(self) -> AsyncIterator[QmpEvent | EventsLost]:
         """QEMU's events for one reader, merged and bounded as `qmpd.backlog` says; ends with the session, all read."""
         return self._session.backlog
+
+    def hearing(self, take: Hearer) -> AbstractContextManager[None]:
+        """While the block lasts `take` is called for each event as it arrives, before it waits for the reader of `events`."""
+        return self._session.backlog.hearing(take)
 
     async def wait_silent(self, silent: bool = True) -> None:
         """Return when `self.silent` is as asked, at once if it is. Raises MonitorUnavailable if the session ends first."""

@@ -12,14 +12,15 @@ import logging
 import signal
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AbstractContextManager, AsyncExitStack
 from typing import Final, Literal, Protocol
 
+from qmpd.backlog import Hearer, Hearers
 from qmpd.capture import tail_of
 from qmpd.diskerrors import IO_ERROR
 from qmpd.errors import Busy, LaunchFailed, MonitorUnavailable, NotProven, QemuDied, QemuRefused, QemuSilent, QmpdError
 from qmpd.lifecycle import Happening
-from qmpd.monitor import EventsLost, Monitor, QmpEvent, connected
+from qmpd.monitor import QUERY_DEADLINE_S, EventsLost, Monitor, QmpEvent, connected
 from qmpd.process import ExitStatus, QemuProcess
 from qmpd.tasks import alongside
 
@@ -86,6 +87,7 @@ class Session:
         self._lines = deque(sockets[name] for name in ("qmp", "rescue") if name in sockets)
         self._stderr_path = stderr_path
         self._monitor: Monitor | None = None
+        self._hearers = Hearers()
 
     @property
     def monitor(self) -> Monitor:
@@ -97,6 +99,27 @@ class Session:
         if self._monitor is None:
             raise MonitorUnavailable(f"machine {self._name!r} has no monitor connection at the moment")
         return self._monitor
+
+    # What outlasts one monitor connection (`qmpd.migration.qemu.Qemu`).
+
+    @property
+    def closed(self) -> str | None:
+        """Why QEMU will never answer again, or None: a lost connection is made anew as long as the process lives."""
+        return None if self.process.exit is None else f"QEMU ended with {describe(self.process.exit)}"
+
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None, *, deadline_s: float | None = None) -> object:
+        """`Monitor.execute` over the connection there is. Raises MonitorUnavailable while there is none."""
+        return await self.monitor.execute(command, arguments, deadline_s=deadline_s)
+
+    async def execute_oob(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, deadline_s: float = QUERY_DEADLINE_S
+    ) -> object:
+        """`Monitor.execute_oob` over the connection there is. Raises MonitorUnavailable while there is none."""
+        return await self.monitor.execute_oob(command, arguments, deadline_s=deadline_s)
+
+    def hearing(self, take: Hearer) -> AbstractContextManager[None]:
+        """`Monitor.hearing` over this and every further connection; each new one begins with `EventsLost`."""
+        return self._hearers.hearing(take)
 
     async def launch(self, begin: Begin, ready: Callable[[], None]) -> ExitStatus:
         """Connects to a QEMU that was just launched, lets `begin` set it going, and stays until it has ended.
@@ -259,12 +282,14 @@ class Session:
             async with connected(self._lines[0], name=self._name, peer_pid=self.process.identity.pid, deadline_s=deadline_s) as monitor:
                 self._monitor = monitor
                 try:
-                    async with (
-                        alongside(self._take_events(monitor), f"events:{self._name}") as events,
-                        alongside(self._watch_silence(monitor), f"silence:{self._name}"),
-                    ):
-                        await begin(monitor)
-                        await events
+                    with monitor.hearing(self._hearers.tell):
+                        self._hearers.tell(EventsLost(count=0))
+                        async with (
+                            alongside(self._take_events(monitor), f"events:{self._name}") as events,
+                            alongside(self._watch_silence(monitor), f"silence:{self._name}"),
+                        ):
+                            await begin(monitor)
+                            await events
                 finally:
                     self._monitor = None
         except QemuSilent:

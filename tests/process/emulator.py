@@ -64,13 +64,18 @@ class Emulators:
         self._count = 0
 
     async def start(
-        self, *options: str, machine: str = "none", halted: bool = True, record: Callable[[Identity], None] = unrecorded
+        self,
+        *options: str,
+        machine: str = "none",
+        halted: bool = True,
+        record: Callable[[Identity], None] = unrecorded,
+        program: str = QEMU,
     ) -> Emulator:
         """Launch a QEMU with a monitor, as the daemon does; returns when its gate was opened."""
         self._count += 1
         qmp, stderr = str(self.directory / f"qmp{self._count}"), str(self.directory / f"stderr{self._count}")
         async with bound_listeners({"qmp": qmp}) as listeners:
-            argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-machine", f"{machine},accel=tcg", "-m", "16"]
+            argv = [program, "-nodefaults", "-no-user-config", "-display", "none", "-machine", f"{machine},accel=tcg", "-m", "16"]
             argv += ["-S"] if halted else []
             argv += ["-chardev", f"socket,id=qmp,fd={listeners['qmp'].fileno()},server=on,wait=off", "-qmp", "chardev:qmp"]
             inherited = [listeners["qmp"].fileno()]

@@ -179,3 +179,27 @@ async def test_a_reader_that_goes_away_loses_nothing(backlog: EventBacklog) -> N
 def test_events_can_be_stored() -> None:
     event = QmpEvent(name="RESET", data={"guest": True}, time=1.0)
     assert msgspec.json.decode(msgspec.json.encode(event), type=QmpEvent) == event
+
+
+async def test_who_listens_hears_every_event_at_once_however_slowly_it_is_read(backlog: EventBacklog) -> None:
+    heard: list[tuple[str, int]] = []
+    with backlog.hearing(lambda item: heard.append(named(item))):
+        for _ in range(3 * EVENTS_LIMIT):
+            put(backlog, "RESET")
+        put(backlog, "MIGRATION", status="completed")
+        put(backlog, "STOP", size=BYTES_LIMIT + 1)
+    put(backlog, "RESUME")
+    assert heard == [*[("RESET", 1)] * (3 * EVENTS_LIMIT), ("MIGRATION", 1), ("lost", 1)]
+
+
+async def test_a_mistake_of_one_listener_is_nobody_elses(backlog: EventBacklog, caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[str] = []
+
+    def mistaken(_item: QmpEvent | EventsLost) -> None:
+        raise ZeroDivisionError
+
+    with backlog.hearing(mistaken), backlog.hearing(lambda item: heard.append(named(item)[0])):
+        put(backlog, "STOP")
+    assert heard == ["STOP"]
+    assert named(await anext(backlog)) == ("STOP", 1)
+    assert "mistake in a listener" in caplog.text

@@ -1,0 +1,158 @@
+"""The destination's QEMU: it listens, takes the guest in, and waits.
+
+It was launched with `-S -incoming defer`. It is nobody's until its daemon owns the machine: whatever goes wrong before, it is thrown
+away, so nothing here is undone. What is made in it is found by its name, so that a daemon that was restarted can go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final, TypeVar
+
+import msgspec
+
+from qmpd.errors import MigrationFailed, QemuRefused
+from qmpd.migration import capabilities, tls
+from qmpd.migration.addresses import Address, Listening, candidates, legacy_address, uri
+from qmpd.migration.capabilities import Agreed
+from qmpd.migration.progress import POSTCOPY, Progress
+from qmpd.migration.qemu import PREFIX, Qemu, ask_list, run_state
+from qmpd.migration.tls import ServerTls
+from qmpd.migration.watch import Watch, watching
+
+#: A feature mark (`qmpd.schema`): a QEMU that can say why it failed, in place of exiting.
+STAYS: Final = "migrate-incoming.exit-on-error"
+#: How `query-named-block-nodes` and the NBD client call the export of a node.
+_TAKEN: Final = "in use"
+_T = TypeVar("_T")
+
+
+class Listen(msgspec.Struct, frozen=True, kw_only=True):
+    """What the destination waits for. `disks` are the nodes whose content will come; without TLS, listen at a Unix socket only.
+
+    `stays` says whether the emulator has the feature mark STAYS.
+    """
+
+    memory: Listening
+    disks_at: Listening | None = None
+    disks: tuple[str, ...] = ()
+    tls: ServerTls | None = None
+    agreed: Agreed = Agreed()
+    stays: bool = False
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the destination listens for the memory and for the disks, each exported under the name of its node."""
+
+    memory: Address
+    disks_at: Address | None = None
+    disks: tuple[str, ...] = ()
+
+
+async def listen(qemu: Qemu, wanted: Listen) -> Endpoint:
+    """Has the destination listen, for one client alone, and returns what the source must know.
+
+    Raises:
+        MigrationFailed: no port of the range is free, or this QEMU lacks a capability.
+        QemuRefused: QEMU does not take the certificates, or a node is none that can be exported.
+        Invalid: an address cannot be one.
+    """
+    if wanted.tls is not None:
+        await tls.add(qemu, wanted.tls)
+    await capabilities.apply(qemu, capabilities.DESTINATION, wanted.agreed, tls.parameters(wanted.tls))
+    disks_at = await _export(qemu, wanted) if wanted.disks else None
+    further = {"exit-on-error": False} if wanted.stays else {}
+
+    async def incoming(address: Address) -> None:
+        await qemu.execute("migrate-incoming", {"uri": uri(address), **further})
+
+    memory = await _first_free(wanted.memory, incoming)
+    return Endpoint(memory=memory, disks_at=disks_at, disks=wanted.disks)
+
+
+async def wait_loaded(qemu: Qemu, report: Callable[[Progress], None] = lambda _progress: None) -> None:
+    """Returns when the whole guest is in and its disks are its own: `cont` is all that is missing.
+
+    Waits as long as it takes: the source knows when it is hopeless, and a destination that is told to go is killed.
+
+    Raises:
+        MigrationFailed: QEMU could not load it (its words, where it stays to say them), or has ended.
+    """
+    with watching(qemu) as watch:
+        await _until(watch, frozenset({"completed"}), report)
+    await end_exports(qemu)
+    state = await run_state(qemu)
+    if state == "inmigrate":
+        raise MigrationFailed("QEMU says that the migration is completed, and has not loaded the guest")
+
+
+async def wait_postcopy(qemu: Qemu) -> None:
+    """Returns when the guest can be set going here while the rest of its memory is still on its way, or all of it is in.
+
+    Raises what `wait_loaded` raises.
+    """
+    with watching(qemu) as watch:
+        await _until(watch, POSTCOPY | {"completed"}, lambda _progress: None)
+
+
+async def _until(watch: Watch, wanted: frozenset[str], report: Callable[[Progress], None]) -> None:
+    while True:
+        status = await watch.next()
+        if status in wanted:
+            return
+        if status == "failed":
+            await watch.ask()
+            raise MigrationFailed(f"the destination's QEMU could not load the guest: {watch.progress.error or 'it does not say why'}")
+        report(watch.progress)
+
+
+async def end_exports(qemu: Qemu) -> None:
+    """Takes the disks back from the network; the source has let go of them. Does nothing where that was done before.
+
+    Raises:
+        QemuRefused: a client is still connected.
+    """
+    exports = [str(item.get("id")) for item in await ask_list(qemu, "query-block-exports")]
+    ours = [name for name in exports if name.startswith(PREFIX)]
+    for name in ours:
+        await qemu.execute("block-export-del", {"id": name})
+    if ours and len(ours) == len(exports):
+        await qemu.execute("nbd-server-stop")
+
+
+async def settle(qemu: Qemu, before: capabilities.Dials) -> None:
+    """After the guest was set going here: no credentials, capabilities or parameters of the migration are left.
+
+    `before` is how it was set when it was launched (`capabilities.read`).
+    """
+    await end_exports(qemu)
+    await capabilities.restore(qemu, before)
+    await tls.remove(qemu)
+
+
+async def _export(qemu: Qemu, wanted: Listen) -> Address:
+    if wanted.disks_at is None:
+        raise MigrationFailed("disks are to be received, and there is no address to receive them at")
+    protection: Mapping[str, object] = {} if wanted.tls is None else {"tls-creds": tls.CREDENTIALS, "tls-authz": tls.AUTHORIZATION}
+
+    async def serve(address: Address) -> None:
+        # One connection for each disk: nobody else has any business here.
+        await qemu.execute("nbd-server-start", {"addr": legacy_address(address), **protection, "max-connections": len(wanted.disks)})
+
+    found = await _first_free(wanted.disks_at, serve)
+    for node in wanted.disks:
+        export = {"type": "nbd", "id": f"{PREFIX}-{node}", "node-name": node, "name": node, "writable": True}
+        await qemu.execute("block-export-add", export)
+    return found
+
+
+async def _first_free(listening: Listening, start: Callable[[Address], Awaitable[_T]]) -> Address:
+    for address in candidates(listening):
+        try:
+            await start(address)
+        except QemuRefused as error:
+            if _TAKEN not in error.message:
+                raise
+        else:
+            return address
+    raise MigrationFailed(f"there is no free port to listen at: {listening}")

@@ -1,0 +1,236 @@
+"""Disks that are copied while their guest runs: to another host along with its memory, or to another file here.
+
+A disk is copied by a job that follows every write once it has caught up. From then on each write is done twice before the guest hears
+of it, so that nothing is left to copy when the guest is halted; where QEMU can switch (8.2), only from then on, so that the guest's
+writes do not wait for the network all the time.
+
+What QEMU waits for when the other end stands still cannot be cancelled, only broken: the end of a copy that is of no use any more begins
+with `yank`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Final
+
+import msgspec
+
+from qmpd.errors import MigrationFailed, QemuRefused, QemuSilent
+from qmpd.migration import tls
+from qmpd.migration.addresses import Address, socket_address
+from qmpd.migration.progress import DiskProgress
+from qmpd.migration.qemu import IMPATIENT_S, PREFIX, Qemu, ask_list, execute_or_yank, yank
+from qmpd.migration.tls import ClientTls
+from qmpd.migration.watch import Watch, watching
+
+#: A copy that is behind and does not move for so long is given up: the guest's writes wait for it.
+STALL_LIMIT_S: Final = 20.0
+#: A job that was told to end, and whose connection was broken, has nothing left to wait for.
+END_LIMIT_S: Final = 60.0
+_SWITCHED: Final = "block-job-change"
+
+
+class DiskCopy(msgspec.Struct, frozen=True, kw_only=True):
+    """A disk to copy: its node, the export it goes to, and whether the other end has all that is below the top layer already."""
+
+    node: str
+    export: str
+    top: bool = False
+
+
+class _Job(msgspec.Struct, frozen=True, kw_only=True):
+    """A job as QEMU reports it."""
+
+    ident: str
+    status: str
+    done: int
+    total: int
+    error: str | None
+
+    @property
+    def behind(self) -> bool:
+        return self.done < self.total
+
+
+class Mirrors:
+    """The disks of one guest, copied to one NBD server. Jobs and nodes have names that whoever tidies up finds."""
+
+    def __init__(self, qemu: Qemu, disks: Sequence[DiskCopy], at: Address | None, credentials: ClientTls | None) -> None:
+        self._qemu = qemu
+        self._disks = {f"{PREFIX}-{index}": disk for index, disk in enumerate(disks)}
+        self._at = at
+        self._tls = credentials
+        self._following = False
+        self._moved: dict[str, tuple[int, float]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._disks)
+
+    async def begin(self, bytes_per_s: int | None) -> None:
+        """Connects to the server and starts to copy.
+
+        Raises:
+            QemuRefused: the server is not there, does not admit us, or has not what is expected.
+            QemuSilent: it does not answer; the connection was broken.
+        """
+        if self._at is None and self._disks:
+            raise MigrationFailed("disks are to be copied, and there is no address to copy them to")
+        switches = _SWITCHED in {str(item.get("name")) for item in await ask_list(self._qemu, "query-commands")}
+        self._following = not switches
+        for name, disk in self._disks.items():
+            await execute_or_yank(self._qemu, "blockdev-add", self._target(name, disk), name)
+            job: dict[str, object] = {
+                "job-id": name,
+                "device": disk.node,
+                "target": name,
+                "sync": "top" if disk.top else "full",
+                "auto-dismiss": False,
+            }
+            job |= {"copy-mode": "background" if switches else "write-blocking", "speed": bytes_per_s or 0}
+            await execute_or_yank(self._qemu, "blockdev-mirror", job, name)
+
+    async def until_following(self, watch: Watch) -> tuple[DiskProgress, ...] | None:
+        """Waits for the next news; None when every copy follows every write.
+
+        Raises:
+            MigrationFailed: a copy failed, or stands still.
+        """
+        jobs = await self.check()
+        if jobs and all(job.status == "ready" for job in jobs.values()):
+            if self._following and not any(job.behind for job in jobs.values()):
+                return None
+            await self._follow()
+        await watch.wake()
+        return self.progress(jobs)
+
+    async def _follow(self) -> None:
+        if self._following:
+            return
+        for name in self._disks:
+            await self._qemu.execute(_SWITCHED, {"id": name, "type": "mirror", "copy-mode": "write-blocking"})
+        self._following = True
+
+    async def check(self) -> dict[str, _Job]:
+        """The jobs; raises MigrationFailed as `until_following`."""
+        jobs = await _jobs(self._qemu)
+        now = asyncio.get_running_loop().time()
+        for name, disk in self._disks.items():
+            job = jobs.get(name)
+            if job is None or job.status in {"concluded", "aborting", "null"}:
+                raise MigrationFailed(f"the copy of disk {disk.node!r} ended: {_words(job)}", node=disk.node)
+            done, since = self._moved.get(name, (-1, now))
+            if job.done != done or not job.behind:
+                self._moved[name] = (job.done, now)
+            elif now - since > STALL_LIMIT_S:
+                raise MigrationFailed(f"the copy of disk {disk.node!r} stood still for {STALL_LIMIT_S:g} s", node=disk.node)
+        return {name: jobs[name] for name in self._disks}
+
+    def progress(self, jobs: Mapping[str, _Job]) -> tuple[DiskProgress, ...]:
+        """The jobs as figures."""
+        return tuple(
+            DiskProgress(node=disk.node, done_bytes=jobs[name].done, total_bytes=jobs[name].total, ready=jobs[name].status == "ready")
+            for name, disk in self._disks.items()
+            if name in jobs
+        )
+
+    async def set_speed(self, bytes_per_s: int | None) -> None:
+        """Changes the limit of each copy."""
+        for name in self._disks:
+            await self._qemu.execute("block-job-set-speed", {"device": name, "speed": bytes_per_s or 0})
+
+    async def finish(self) -> None:
+        """While the guest is halted: every copy is made complete and let go of, the guest's disks stay what they were.
+
+        Raises:
+            MigrationFailed: a copy could not be completed in time.
+        """
+        for name in self._disks:
+            # Not `job-cancel`, which throws away what is not written yet.
+            await self._qemu.execute("block-job-cancel", {"device": name}, deadline_s=IMPATIENT_S)
+        with watching(self._qemu) as watch:
+            try:
+                async with asyncio.timeout(STALL_LIMIT_S):
+                    for name, disk in self._disks.items():
+                        job = await _concluded(self._qemu, name, watch)
+                        if job is None or job.error is not None:
+                            raise MigrationFailed(f"the copy of disk {disk.node!r} was not completed: {_words(job)}", node=disk.node)
+            except TimeoutError as error:
+                raise MigrationFailed(f"the copies of the disks were not complete within {STALL_LIMIT_S:g} s") from error
+        for name in self._disks:
+            await self._qemu.execute("job-dismiss", {"id": name})
+            await execute_or_yank(self._qemu, "blockdev-del", {"node-name": name}, name)
+
+    def _target(self, name: str, disk: DiskCopy) -> dict[str, object]:
+        if self._at is None:
+            raise MigrationFailed("there is no address to copy disks to")
+        target: dict[str, object] = {"driver": "nbd", "node-name": name, "server": socket_address(self._at), "export": disk.export}
+        if self._tls is not None:
+            target |= {"tls-creds": tls.CREDENTIALS, "tls-hostname": self._tls.hostname}
+        return target
+
+
+async def drop_all(qemu: Qemu) -> None:
+    """Ends every copy for a migration, whatever it waits for: no job and no node of one is left, the guest's disks are what they were.
+
+    Raises:
+        MigrationFailed: a job did not end, even without its connection.
+    """
+    nodes = await _targets(qemu)
+    await yank(qemu, nodes=nodes)
+    with watching(qemu) as watch:
+        try:
+            async with asyncio.timeout(END_LIMIT_S):
+                for name, job in (await _jobs(qemu)).items():
+                    if name.startswith(PREFIX):
+                        await _end(qemu, name, job, watch)
+        except TimeoutError as error:
+            raise MigrationFailed(f"the copies of the disks did not end within {END_LIMIT_S:g} s") from error
+    for name in nodes:
+        await qemu.execute("blockdev-del", {"node-name": name})
+
+
+async def _end(qemu: Qemu, name: str, job: _Job, watch: Watch) -> None:
+    if job.status != "concluded":
+        with suppress(QemuRefused, QemuSilent):  # it may have failed meanwhile, now that its connection is broken
+            await qemu.execute("block-job-cancel", {"device": name, "force": True}, deadline_s=IMPATIENT_S)
+        await yank(qemu, nodes=frozenset({name}))
+    if await _concluded(qemu, name, watch) is not None:
+        await qemu.execute("job-dismiss", {"id": name})
+
+
+async def _targets(qemu: Qemu) -> frozenset[str]:
+    nodes = await ask_list(qemu, "query-named-block-nodes", {"flat": True})
+    return frozenset(name for node in nodes if (name := str(node.get("node-name"))).startswith(PREFIX))
+
+
+async def _concluded(qemu: Qemu, name: str, watch: Watch) -> _Job | None:
+    while True:
+        job = (await _jobs(qemu)).get(name)
+        if job is None or job.status == "concluded":
+            return job
+        await watch.wake()
+
+
+async def _jobs(qemu: Qemu) -> dict[str, _Job]:
+    return {job.ident: job for job in map(_job, await ask_list(qemu, "query-jobs"))}
+
+
+def _job(answer: Mapping[str, object]) -> _Job:
+    error = answer.get("error")
+    return _Job(
+        ident=str(answer.get("id")),
+        status=str(answer.get("status")),
+        done=_bytes(answer.get("current-progress")),
+        total=_bytes(answer.get("total-progress")),
+        error=error if isinstance(error, str) else None,
+    )
+
+
+def _bytes(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _words(job: _Job | None) -> str:
+    return "its job is gone" if job is None else job.error or "QEMU does not say why"

@@ -1,0 +1,153 @@
+"""The two ends of a migration: real QEMUs, their guests, and all of a source that a failed migration must leave as it was."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from qmpd.errors import QemuSilent
+from qmpd.migration import capabilities
+from qmpd.migration.addresses import UnixAddress
+from qmpd.migration.capabilities import Dials
+from qmpd.migration.incoming import Listen, listen, settle, wait_loaded
+from qmpd.migration.outgoing import Before, Outgoing, Sending, look
+from qmpd.migration.progress import Progress
+from qmpd.monitor import Monitor
+from tests.guests.build import Guest
+from tests.guests.trace import Trace, check_trace
+from tests.process.emulator import PATIENCE_S, QEMU, Emulator, Emulators
+
+#: The machine type that every QEMU from 7.2 on has.
+MACHINE: Final = "pc-i440fx-7.2"
+UUID: Final = "6f1f5d4c-7d0a-4d5c-9b0e-0d6f3a2b1c00"
+#: A QEMU that has not answered by then lost what its first client said (see tests/qmp/conftest.py): another one is started.
+FIRST_ANSWER_S: Final = 20.0
+STARTS: Final = 3
+
+
+@dataclass(frozen=True)
+class End:
+    """One of the two."""
+
+    emulator: Emulator
+    monitor: Monitor
+    serial: Path
+
+    async def status(self) -> str:
+        """QEMU's run state."""
+        answer = await self.monitor.execute("query-status")
+        assert isinstance(answer, dict)
+        return str(answer["status"])
+
+    async def everything(self) -> dict[str, object]:
+        """All that a migration changes in a QEMU, for comparison."""
+        asked = ("query-migrate-capabilities", "query-migrate-parameters", "query-jobs", "query-block-jobs", "query-status")
+        found = {command: await self.monitor.execute(command) for command in asked}
+        found["objects"] = await self.monitor.execute("qom-list", {"path": "/objects"})
+        nodes = await self.monitor.execute("query-named-block-nodes", {"flat": True})
+        assert isinstance(nodes, list)
+        found["nodes"] = sorted((node["node-name"], node["drv"], node.get("active")) for node in nodes)
+        return found
+
+
+class Ends:
+    """Starts them, in one directory."""
+
+    def __init__(self, directory: Path, emulators: Emulators, owned: AsyncExitStack, guest: Guest) -> None:
+        self.directory = directory
+        self.kernel = guest.file
+        self._emulators = emulators
+        self._owned = owned
+        self._count = 0
+
+    async def start(self, *options: str, program: str = QEMU) -> End:
+        """A QEMU that is halted before its first instruction."""
+        self._count += 1
+        serial = self.directory / f"serial{self._count}"
+        further = ("-serial", f"file:{serial}", "-uuid", UUID, *options)
+        for attempt in range(STARTS):
+            emulator = await self._emulators.start(*further, machine=MACHINE, program=program)
+            with suppress(QemuSilent):
+                limit = PATIENCE_S if attempt == STARTS - 1 else FIRST_ANSWER_S
+                return End(emulator, await self._owned.enter_async_context(emulator.session(deadline_s=limit)), serial)
+        raise AssertionError("no QEMU answered")
+
+    async def source(self, *options: str, program: str = QEMU) -> End:
+        """A QEMU whose guest counts."""
+        started = await self.start("-kernel", str(self.kernel), *options, program=program)
+        await started.monitor.execute("cont")
+        await self.printed(started, 400)
+        return started
+
+    async def destination(self, *options: str, program: str = QEMU) -> End:
+        """A QEMU that waits for one."""
+        return await self.start("-kernel", str(self.kernel), "-incoming", "defer", *options, program=program)
+
+    async def printed(self, end: End, count: int) -> None:
+        """Waits until the guest of this end has printed so many more bytes."""
+        before = _size(end.serial)
+        async with asyncio.timeout(PATIENCE_S):
+            while _size(end.serial) < before + count:
+                await asyncio.sleep(0.02)
+
+    def trace(self, *ends: End) -> Trace:
+        """What the guest printed at these ends, one after the other."""
+        return check_trace(b"".join(end.serial.read_bytes() for end in ends))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+async def unwatched(_progress: Progress) -> None:
+    """Nobody looks how far it is."""
+
+
+async def moved(source: End, destination: End, wanted: Listen, sending: Sending | None = None) -> Progress:
+    """The whole way, as two daemons go it: the destination's guest runs at the end, the source's does not."""
+    launched = await capabilities.read(destination.monitor)
+    endpoint = await listen(destination.monitor, wanted)
+    sending = msgspec.structs.replace(sending or Sending(memory=endpoint.memory), memory=endpoint.memory, disks_at=endpoint.disks_at)
+    async with Outgoing(source.monitor, sending, await look(source.monitor)) as outgoing:
+        await outgoing.prepare()
+        await outgoing.send(unwatched)
+        await outgoing.switch_over()
+        await wait_loaded(destination.monitor)
+        figures = await outgoing.figures()
+    await source.monitor.execute("quit")
+    await go_on(destination, launched)
+    return figures
+
+
+async def go_on(destination: End, launched: Dials) -> None:
+    """What a destination does once the machine is its own."""
+    await destination.monitor.execute("cont")
+    await settle(destination.monitor, launched)
+
+
+def at(directory: Path, name: str = "migration") -> UnixAddress:
+    """A socket to migrate through."""
+    return UnixAddress(path=str(directory / name))
+
+
+@asynccontextmanager
+async def ends_in(directory: Path, emulators: Emulators, guest: Guest) -> AsyncIterator[Ends]:
+    """Ends that are gone after the block."""
+    async with AsyncExitStack() as owned:
+        yield Ends(directory, emulators, owned, guest)
+
+
+async def before(end: End) -> Before:
+    """How it is."""
+    return await look(end.monitor)
+
+
+def names(items: Sequence[object]) -> list[str]:
+    """The names of objects."""
+    return [str(item["name"]) for item in items if isinstance(item, dict)]
