@@ -123,6 +123,9 @@ class Calls:
     async def _take_line(self, command: str, limit_s: float) -> None:
         if self._queued >= QUEUE_LIMIT:
             raise Busy(f"{QUEUE_LIMIT} commands wait for {self.name} already", limit=QUEUE_LIMIT)
+        if not (self._queued or self._line.locked()):
+            await self._line.acquire()  # at once: nobody is before us
+            return
         self._queued += 1
         try:
             async with asyncio.timeout(limit_s):

@@ -15,16 +15,19 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
+from ssl import SSLContext
 from typing import Final
 
 import msgspec
 from qemu.qmp import ConnectError, Message, QMPClient, QMPError, Runstate
 from qemu.qmp.error import ProtocolError
+from qemu.qmp.protocol import SocketAddrT
 
 from qmpd.backlog import EventBacklog, EventsLost, Hearer, QmpEvent
 from qmpd.calls import Calls
 from qmpd.commands import CHANGE_DEADLINE_S, QUERY_DEADLINE_S, QUIT_DEADLINE_S, deadline_for
 from qmpd.errors import MonitorUnavailable, QemuDied, QemuSilent, TooLarge
+from qmpd.lines import LINE_LIMIT, Lines, Refused
 from qmpd.shortage import shortage
 
 __all__ = [
@@ -38,10 +41,6 @@ __all__ = [
     "deadline_for",
 ]
 
-#: Longest line that is read. The longest answer of use, the schema, has 0.2 MB; other clients draw the line here too.
-LINE_LIMIT: Final = 10 * 1024 * 1024
-#: Bytes of an overlong line that are skipped to keep the session; who sends more is not speaking QMP.
-SKIP_LIMIT: Final = 256 * 1024 * 1024
 #: Closing aborts the transport first, which takes a few turns of the loop; this is the promise that it ends.
 CLOSE_LIMIT_S: Final = 2.0
 #: Characters of an error's text that are repeated.
@@ -54,7 +53,7 @@ _library_log = logging.getLogger(f"{__name__}.library")
 _library_log.setLevel(logging.CRITICAL)
 
 
-class _Nonsense(ProtocolError):
+class _Nonsense(ProtocolError, Refused):
     """The peer sent what no QEMU sends."""
 
 
@@ -68,7 +67,7 @@ class _Session(QMPClient):
         self.backlog = EventBacklog()
         self.calls = Calls(name, self._write)
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._line_bytes = 0
+        self._lines: Lines
 
     def abort(self) -> None:
         """Drop the connection and everything unsent, now."""
@@ -85,25 +84,16 @@ class _Session(QMPClient):
     def _cb_outbound(self, msg: Message) -> Message:
         return msg
 
-    async def _readline(self) -> bytes:
-        if self._reader is None:
-            raise EOFError
-        skipped = 0
-        while True:
-            try:
-                line = await self._reader.readuntil(b"\n")
-            except asyncio.LimitOverrunError as overrun:
-                skipped += overrun.consumed
-                if skipped > SKIP_LIMIT:
-                    raise _Nonsense(f"more than {SKIP_LIMIT} bytes without an end of line") from overrun
-                await self._reader.readexactly(overrun.consumed)
-            except asyncio.IncompleteReadError as end:
-                raise EOFError from end
-            else:
-                if not skipped:
-                    return line
-                self._overlong(skipped + len(line))
-                skipped = 0
+    async def _do_connect(self, address: SocketAddrT | socket.socket, ssl: SSLContext | None = None) -> None:
+        """The library's, with a reader that has a limit and hands lines on as they come."""
+        if not isinstance(address, socket.socket):
+            raise TypeError("the socket is connected before")
+        self._set_state(Runstate.CONNECTING)
+        loop = asyncio.get_running_loop()
+        self._lines = Lines(self._overlong, _Nonsense)
+        protocol = asyncio.StreamReaderProtocol(self._lines)
+        transport, _ = await loop.create_connection(lambda: protocol, sock=address, ssl=ssl)
+        self._reader, self._writer = self._lines, asyncio.StreamWriter(transport, protocol, self._lines, loop)
 
     def _overlong(self, size: int) -> None:
         error = TooLarge(f"QEMU's answer has {size} bytes, at most {LINE_LIMIT} are read", limit=LINE_LIMIT)
@@ -111,33 +101,29 @@ class _Session(QMPClient):
             raise _Nonsense(f"a line of {size} bytes that answers nothing")
 
     async def _do_recv(self) -> Message:
+        """What the library reads by itself, until it has negotiated."""
         while True:
-            message = await self._receive()
-            if self.runstate is not Runstate.CONNECTING or "event" not in message:
-                return message
+            line = await self._lines.next()
+            document = _document(line)
+            if "event" not in document:
+                return Message(document, eager=False)
             # A machine that runs may emit between our request for capabilities and QEMU's consent; the library takes that
             # event for the consent's absence and gives up.
-            self.backlog.put(message, self._line_bytes)
+            self.backlog.put(document, len(line))
 
-    async def _receive(self) -> Message:
-        line = await self._readline()
-        try:
-            document = msgspec.json.decode(line)
-        except (ValueError, RecursionError) as error:
-            raise _Nonsense(f"a line of {len(line)} bytes that is not JSON: {_shorten(error)}") from error
-        if not isinstance(document, dict):
-            raise _Nonsense(f"a {type(document).__name__} where a message belongs")
-        self._line_bytes = len(line)
-        return Message(document, eager=False)
+    async def _bh_recv_message(self) -> None:
+        """What the library calls from then on, for ever: here once."""
+        await self._lines.hand_to(self._take)
 
-    async def _on_message(self, msg: Message) -> None:
-        if "event" in msg:
-            self.backlog.put(msg, self._line_bytes)
+    def _take(self, line: bytes) -> None:
+        document = _document(line)
+        if "event" in document:
+            self.backlog.put(document, len(line))
             return
-        ident = msg.get("id")
+        ident = document.get("id")
         if isinstance(ident, str):
-            self.calls.answered(ident, msg)
-        elif "error" in msg and ident is None:
+            self.calls.answered(ident, document)
+        elif "error" in document and ident is None:
             raise _Nonsense("an error that belongs to no command")
         # Anything else answers nothing we asked, and the protocol says to ignore it.
 
@@ -292,6 +278,16 @@ async def _close(session: _Session, name: str) -> None:
     except (QMPError, EOFError, OSError):
         pass  # what ended the session, already told by `closed`
     _log.info("monitor closed", extra={"machine": name, "reason": session.calls.closed})
+
+
+def _document(line: bytes) -> dict[str, object]:
+    try:
+        document = msgspec.json.decode(line)
+    except (ValueError, RecursionError) as error:
+        raise _Nonsense(f"a line of {len(line) + 1} bytes that is not JSON: {_shorten(error)}") from error
+    if not isinstance(document, dict):
+        raise _Nonsense(f"a {type(document).__name__} where a message belongs")
+    return document
 
 
 def _greeting(session: _Session) -> tuple[str, bool]:

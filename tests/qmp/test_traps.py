@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from qemu.qmp import EventListener, Message
 
-from qmpd import monitor as module
+from qmpd import lines
 from qmpd.backlog import EVENTS_LIMIT
 from qmpd.errors import QemuDied, QemuSilent, TooLarge
-from qmpd.monitor import LINE_LIMIT, EventsLost, Monitor, QmpEvent, connected
+from qmpd.lines import LINE_LIMIT
+from qmpd.monitor import EventsLost, Monitor, QmpEvent, connected
 from tests.process.emulator import PATIENCE_S, Emulators
 from tests.qmp.peer import GREETING, Peer, event, line
 
@@ -116,7 +117,7 @@ async def test_messages_that_answer_nothing_are_ignored(peer: Peer, fooled: Moni
 async def test_a_line_without_end_is_cut_off_and_takes_bounded_memory(
     peer: Peer, fooled: Monitor, monkeypatch: pytest.MonkeyPatch, logged: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "SKIP_LIMIT", 32 * MIB)
+    monkeypatch.setattr(lines, "SKIP_LIMIT", 32 * MIB)
     logged.clear()
 
     async def babble() -> None:
