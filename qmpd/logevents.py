@@ -6,7 +6,7 @@ import logging
 from typing import Final
 
 #: Attributes every record has; all others came with the event.
-_STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "event_line"}
 #: A field is at most this long in a line; guests and clients choose some of them.
 FIELD_LIMIT: Final = 512
 
@@ -28,5 +28,7 @@ def traceback_of(record: logging.LogRecord) -> str:
 
 def _shown(value: object) -> str:
     text = str(value)
+    if len(text) <= FIELD_LIMIT and text.isprintable():
+        return f'"{text}"' if " " in text or not text else text
     shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:FIELD_LIMIT])
     return f'"{shown}"' if " " in shown or not shown else shown

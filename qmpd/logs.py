@@ -7,6 +7,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Final
 
 import msgspec
@@ -24,10 +25,13 @@ class EventFormatter(logging.Formatter):
     """`LEVEL event key=value …`, control characters escaped, so that nothing logged can forge a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line for one event; a traceback follows on lines of its own."""
-        line = f"{record.levelname} {record.name} {message_of(record)}"
-        trace = traceback_of(record)
-        return f"{line}\n{trace}" if trace else line
+        """One line for one event; a traceback follows on lines of its own. The handlers that show it share the work."""
+        known: str | None = getattr(record, "event_line", None)
+        if known is None:
+            trace = traceback_of(record)
+            known = f"{record.levelname} {record.name} {message_of(record)}"
+            record.event_line = known = f"{known}\n{trace}" if trace else known
+        return known
 
 
 class JsonFormatter(logging.Formatter):
@@ -54,11 +58,15 @@ class Recent(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.setFormatter(EventFormatter())
-        self.lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self._kept: deque[tuple[float, str]] = deque(maxlen=KEPT_LINES)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep one event."""
-        self.lines.append(f"{timestamp(utc_now())} {self.format(record)}")
+        self._kept.append((record.created, self.format(record)))
+
+    def lines(self) -> list[str]:
+        """What is kept, oldest first, each with its time."""
+        return [f"{timestamp(datetime.fromtimestamp(created, UTC))} {line}" for created, line in list(self._kept)]
 
 
 def _plain(value: object) -> object:
@@ -71,7 +79,7 @@ def _encodable(text: str) -> str:
 
 def recent_lines() -> list[str]:
     """The newest lines that were logged, oldest first; none where `configure` was not called."""
-    return [line for handler in logging.getLogger().handlers if isinstance(handler, Recent) for line in handler.lines]
+    return [line for handler in logging.getLogger().handlers if isinstance(handler, Recent) for line in handler.lines()]
 
 
 def configure(log_format: LogFormat = "auto", *, verbose: bool, environ: Mapping[str, str] = os.environ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any, Final
 
@@ -38,21 +39,16 @@ def endpoint(route: Route[Any, Any]) -> Handler:
                 return response
         finished = await _once(request, route, call, raw)
         if request.method not in _QUIET:
-            _log.info(
-                "request",
-                extra={
-                    "method": request.method,
-                    "path": request.rel_url.raw_path,
-                    "status": finished.status,
-                    "user": caller.user,
-                    "uid": caller.uid,
-                    "pid": caller.pid,
-                    "address": caller.address,
-                },
-            )
+            # When the answer is on its way: whoever waits for it need not wait for this.
+            asyncio.get_running_loop().call_soon(_note, request.method, request.rel_url.raw_path, finished.status, caller)
         return finished.response()
 
     return answer
+
+
+def _note(method: str, path: str, status: int, caller: Caller) -> None:
+    who = {"user": caller.user, "uid": caller.uid, "pid": caller.pid, "address": caller.address}
+    _log.info("request", extra={"method": method, "path": path, "status": status, **who})
 
 
 async def _call(request: web.Request, route: Route[Any, Any], raw: bytes, caller: Caller) -> Call[Any, Any]:

@@ -32,7 +32,7 @@ def read(body: bytes, limits: Limits) -> object:
     except UnicodeDecodeError as error:
         raise Undecodable(f"the body is not UTF-8 at byte {error.start}") from error
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_int=_integer, parse_float=_number, parse_constant=_constant)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise Undecodable(f"the body is not JSON: {error}") from error
 
@@ -89,3 +89,6 @@ def _number(text: str) -> float:
 
 def _constant(name: str) -> Never:
     raise Undecodable(f"{name} is not JSON")
+
+
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=unique, parse_int=_integer, parse_float=_number, parse_constant=_constant)

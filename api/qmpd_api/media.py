@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import StrEnum
+from functools import lru_cache
 from typing import Final
 
 from qmpd.errors import UnsupportedMedia
@@ -17,6 +18,8 @@ class Media(StrEnum):
     MSGPACK = "application/msgpack"
 
 
+#: A client says the same with every request, and there are few kinds of clients. A header has at most 8 KiB.
+KNOWN_HEADERS: Final = 64
 EVENT_STREAM: Final = "text/event-stream"
 
 
@@ -31,6 +34,7 @@ def parameters(value: str) -> tuple[str, dict[str, str]]:
     return kind.strip().lower(), found
 
 
+@lru_cache(KNOWN_HEADERS)
 def of_body(content_type: str | None) -> Media:
     """The representation a body is in; raises UnsupportedMedia, which names what would do."""
     if content_type is None:
@@ -46,6 +50,11 @@ def of_body(content_type: str | None) -> Media:
 
 def of_answer(accept: Iterable[str]) -> Media:
     """The representation the caller likes best. JSON where it states no preference, or none we can meet."""
+    return _liked(tuple(accept))
+
+
+@lru_cache(KNOWN_HEADERS)
+def _liked(accept: tuple[str, ...]) -> Media:
     weights = {media: _weight(accept, str(media)) for media in Media}
     return Media.MSGPACK if weights[Media.MSGPACK] > weights[Media.JSON] else Media.JSON
 

@@ -98,8 +98,8 @@ def decode_query(given: MultiMapping[str], kind: type[Q], limits: Limits) -> Q:
     """The query string as a `kind`; raises Invalid with every problem, each at `?name`."""
     fields = _fields(kind)
     values: dict[str, object] = {}
-    known = ", ".join(fields) or "none"
-    problems = [_problem(name, f"there is no such parameter; known are: {known}") for name in given if name not in fields]
+    unknown = [name for name in given if name not in fields]
+    problems = [_problem(name, f"there is no such parameter; known are: {', '.join(fields) or 'none'}") for name in unknown]
     for name, field in fields.items():
         texts = given.getall(name, [])
         if not texts:

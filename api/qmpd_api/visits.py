@@ -27,7 +27,7 @@ MAX_LINE: Final = 8190
 class Visit(web.RequestHandler):
     """aiohttp's handler of one connection, which it creates with `manager` (the server) and asyncio drives."""
 
-    __slots__ = ("_admitted", "_busy", "_late", "_limits", "_peer", "_peers", "_stalled")
+    __slots__ = ("_admitted", "_busy", "_due", "_late", "_limits", "_peer", "_peers", "_stalled")
 
     def __init__(self, manager: web.Server, *, loop: asyncio.AbstractEventLoop, limits: Limits, peers: Peers) -> None:
         super().__init__(
@@ -45,6 +45,7 @@ class Visit(web.RequestHandler):
         self._admitted = False
         self._busy = False
         self._peer: int | str | None = None
+        self._due: float | None = None
         self._late: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
 
@@ -72,7 +73,7 @@ class Visit(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """The first bytes of a request start the clock for its head."""
-        if data and self._late is not None and not self._busy:
+        if data and self._due is not None and not self._busy:
             self._busy = True
             self._expect_within(self._limits.head_s)
         super().data_received(data)
@@ -80,9 +81,7 @@ class Visit(web.RequestHandler):
     def request_begun(self) -> None:
         """The head of a request is complete: from here on its handler keeps the time."""
         self._busy = True
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
+        self._due = None
 
     def request_over(self) -> None:
         """The response is written: the next request may begin."""
@@ -115,12 +114,23 @@ class Visit(web.RequestHandler):
         return response
 
     def _expect_within(self, seconds: float) -> None:
-        if self._late is not None:
-            self._late.cancel()
-        self._late = asyncio.get_running_loop().call_later(seconds, self._too_late)
+        """The time for what comes next. A timer that would go off earlier stays, and looks again then: most requests need no new one."""
+        loop = asyncio.get_running_loop()
+        self._due = loop.time() + seconds
+        if self._late is None or self._late.when() > self._due:
+            if self._late is not None:
+                self._late.cancel()
+            self._late = loop.call_at(self._due, self._look_at_clock)
 
-    def _too_late(self) -> None:
+    def _look_at_clock(self) -> None:
         self._late = None
+        if self._due is None:
+            return  # a handler keeps the time now
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._due:
+            self._late = loop.call_at(self._due, self._look_at_clock)
+            return
+        self._due = None
         if self._busy:
             self._refuse(RequestTimeout(f"the head of the request did not arrive within {self._limits.head_s:g} s"))
         else:
