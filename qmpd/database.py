@@ -167,6 +167,7 @@ class Database:
         self._closed = False
         self._idle = asyncio.Event()
         self._idle.set()
+        self._lingering: asyncio.TimerHandle | None = None
 
     async def read(self, operation: Callable[[sqlite3.Connection], T]) -> T:
         """What the operation finds, after every write that was acknowledged before.
@@ -182,9 +183,13 @@ class Database:
         """
         return await self.answer(self.enqueue(operation))
 
-    def enqueue(self, operation: Callable[[sqlite3.Connection], T]) -> asyncio.Future[T]:
-        """Like `write` without waiting. Requests are run, and their futures settled, in the order of the calls."""
-        return self._enqueue(self._writes, operation)
+    def enqueue(self, operation: Callable[[sqlite3.Connection], T], *, linger_s: float = 0.0) -> asyncio.Future[T]:
+        """Like `write` without waiting. Requests are run, and their futures settled, in the order of the calls.
+
+        One that nobody waits for may linger so long for others that it can share a transaction with; the next that does not, a read
+        too, takes it along.
+        """
+        return self._enqueue(self._writes, operation, linger_s)
 
     async def answer(self, future: asyncio.Future[T]) -> T:
         """Wait for an enqueued request as long as a caller should.
@@ -198,7 +203,9 @@ class Database:
         except TimeoutError as error:
             raise Unknown(f"the database did not answer within {self._answer_limit_s:g} s") from error
 
-    def _enqueue(self, queue: deque[_Request[object]], operation: Callable[[sqlite3.Connection], T]) -> asyncio.Future[T]:
+    def _enqueue(
+        self, queue: deque[_Request[object]], operation: Callable[[sqlite3.Connection], T], linger_s: float = 0.0
+    ) -> asyncio.Future[T]:
         future: asyncio.Future[T] = self._loop.create_future()
         if self._closed:
             future.set_exception(Busy("the database is closed"))
@@ -207,14 +214,27 @@ class Database:
         else:
             request: _Request[T] = _Request(operation, future)
             queue.append(request)
-            if self._idle.is_set():
-                self._idle.clear()
-                # Not at once: what is asked for in the same turn of the loop shares the transaction.
-                self._loop.call_soon(self._dispatch)
+            self._wake(linger_s)
         return future
+
+    def _wake(self, linger_s: float) -> None:
+        """See that the thread gets what waits, within `linger_s` if it has nothing to do."""
+        lingering = self._lingering
+        if not self._idle.is_set() and (lingering is None or linger_s):
+            return  # it is on its way, or the next batch is
+        self._idle.clear()
+        if lingering is not None:
+            lingering.cancel()
+            self._lingering = None
+        if linger_s:
+            self._lingering = self._loop.call_later(linger_s, self._dispatch)
+        else:
+            # Not at once: what is asked for in the same turn of the loop shares the transaction.
+            self._loop.call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
         """Send the next batch to the thread; writes first, so that reads see them."""
+        self._lingering = None
         writes = [self._writes.popleft() for _ in range(min(MAX_BATCH, len(self._writes)))]
         reads = [self._reads.popleft() for _ in range(min(MAX_BATCH, len(self._reads)))]
         if writes or reads:

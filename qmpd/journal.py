@@ -28,6 +28,9 @@ from qmpd.views import Event, EventPage, JobView, Progress
 
 #: Events kept, give or take one in a hundred: about 14 MB of database.
 KEPT_EVENTS: Final = 100_000
+#: Events come in bursts, three with the end of a machine; together they cost one sync of the disk. No answer waits for an event, but
+#: viewers do. A daemon that is killed meanwhile has told nobody of them, and the next one finds out what the machines do now.
+EVENT_LINGER_S: Final = 0.005
 #: Ended jobs kept; running ones always are.
 KEPT_JOBS: Final = 1_000
 #: Events in one page, however many were asked for.
@@ -89,9 +92,9 @@ class Journal:
         return await self._database.answer(self.enqueue(kind, machine, data))
 
     def enqueue(self, kind: str, machine: str | None, data: Mapping[str, object]) -> asyncio.Future[Event]:
-        """Like `append` without waiting; events get their numbers in the order of the calls."""
+        """Like `append` without waiting; events get their numbers in the order of the calls, and are durable a moment later."""
         event = Event(number=0, at=timestamp(self._now()), kind=kind, machine=machine, data=_storable(data))
-        return self._database.enqueue(partial(_append, event=event, kept=self._kept_events))
+        return self._database.enqueue(partial(_append, event=event, kept=self._kept_events), linger_s=EVENT_LINGER_S)
 
     async def page(self, since: int, limit: int = MAX_PAGE, machine: str | None = None) -> EventPage:
         """The oldest events with numbers above `since`, at most `limit`, only those of `machine` if one is given.

@@ -114,6 +114,32 @@ async def test_when_sqlite_refuses_the_transaction_every_request_gets_its_own(da
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
 
 
+async def test_a_write_that_lingers_shares_the_transaction_of_the_next_that_does_not(database: Database) -> None:
+    statements = await traced(database)
+    lingering = [database.enqueue(insert("a"), linger_s=2 * PATIENCE_S), database.enqueue(insert("b"), linger_s=2 * PATIENCE_S)]
+    await one_turn()
+    assert statements == []
+    async with asyncio.timeout(PATIENCE_S):
+        await database.write(insert("c"))
+        assert await asyncio.gather(*lingering) == [1, 1]
+    assert statements.count("COMMIT") == 1
+
+
+async def test_a_read_takes_along_what_lingers(database: Database) -> None:
+    lingering = database.enqueue(insert("a"), linger_s=2 * PATIENCE_S)
+    async with asyncio.timeout(PATIENCE_S):
+        assert await database.read(lambda connection: connection.execute("SELECT count(*) FROM record").fetchone()) == (1,)
+    assert lingering.result() == 1
+
+
+async def test_what_lingers_is_written_when_nothing_else_comes_also_at_the_end(tmp_path: Path) -> None:
+    async with open_database(tmp_path) as database:
+        async with asyncio.timeout(PATIENCE_S):
+            assert await database.enqueue(insert("a"), linger_s=0.001) == 1
+        last = database.enqueue(insert("b"), linger_s=0.001)
+    assert last.result() == 1
+
+
 async def test_a_read_sees_the_writes_asked_for_before_it(database: Database) -> None:
     async with open_store(database) as store:
         commit = asyncio.ensure_future(store.commit({}, {"a": b"1"}))
