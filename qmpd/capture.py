@@ -12,7 +12,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Final
 
 #: Bytes of standard error that are shown: QEMU says what is wrong in its last line.
@@ -60,6 +60,9 @@ def open_appending(path: str) -> int:
 
 def tail_of(path: str, start: int) -> str:
     """The same as `stderr_tail`, for a thread: blocks."""
+    with suppress(FileNotFoundError):
+        if os.lstat(path).st_size <= start:
+            return ""  # the usual case, without opening it: QEMU said nothing
     with ExitStack() as opened:
         file = _opened(path, os.O_RDONLY, opened)
         if file is None:

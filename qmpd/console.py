@@ -13,12 +13,13 @@ import logging
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Final
 
 from qmpd import segments
 from qmpd.errors import Busy, MonitorUnavailable, NotFound
 from qmpd.filewatch import FileWatch
-from qmpd.tasks import alongside
+from qmpd.tasks import Tasks, background
 
 #: Between two looks at a log that grows all the time: short enough for somebody who types.
 LOOK_S: Final = 0.02
@@ -39,7 +40,8 @@ class Console:
         self._input_delay_s = input_delay_s
         self._tail = b""
         self._seen = 0
-        self._grew = asyncio.Event()
+        self._grew = False
+        self._looking = False
         self._changed = asyncio.Event()
         self._input: int | None = None
         self._typing = asyncio.Lock()
@@ -64,8 +66,10 @@ class Console:
     def look(self) -> tuple[int, bytes] | None:
         """How long the log is and its last bytes, for `note`; None when it cannot be looked at. Blocks."""
         try:
-            return segments.size_and_tail(self._log, TAIL_BYTES)
-        except OSError as error:
+            piece = self.piece
+            seen = None if piece is None else segments.tail(piece, TAIL_BYTES)
+            return seen if seen is not None and seen[1] else segments.size_and_tail(self._log, TAIL_BYTES)
+        except (OSError, ValueError) as error:
             _logger.warning("console log cannot be looked at", extra={"path": self._log, "error": str(error)})
             return None
 
@@ -149,25 +153,35 @@ class Console:
             OSError: one of the two is not there.
         """
         self.piece = await asyncio.to_thread(os.path.realpath, f"{pipe}.out")
-        with self._watch.told(self.piece, self._grew.set), _opened(f"{pipe}.in") as descriptor:
-            self._input = descriptor
-            try:
-                await self.load()
-                async with alongside(self._look(), f"console:{self._log}"):
+        self._grew = self._looking = False
+        async with background() as looks:
+            with self._watch.told(self.piece, partial(self._grow, looks)), _opened(f"{pipe}.in") as descriptor:
+                self._input = descriptor
+                try:
+                    await self.load()
                     yield
-            finally:
-                self._input, self.piece = None, None
-                self._room.set()
-                async with self._typing:
-                    pass  # who was typing has let go of the descriptor, which can be closed now
-                self._announce()
+                finally:
+                    self._input, self.piece = None, None
+                    self._room.set()
+                    async with self._typing:
+                        pass  # who was typing has let go of the descriptor, which can be closed now
+                    self._announce()
+
+    def _grow(self, looks: Tasks) -> None:
+        """The log grew: somebody looks at it, unless that is on its way. A log that does not grow costs no task."""
+        self._grew = True
+        if not self._looking:
+            self._looking = True
+            looks.start(self._look(), f"console:{self._log}")
 
     async def _look(self) -> None:
-        while True:
-            await self._grew.wait()
-            self._grew.clear()
-            await self.load()
-            await asyncio.sleep(LOOK_S)
+        try:
+            while self._grew:
+                self._grew = False
+                await self.load()
+                await asyncio.sleep(LOOK_S)
+        finally:
+            self._looking = False
 
     def _announce(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()

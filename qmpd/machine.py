@@ -280,8 +280,8 @@ class Machine:
         else:
             self.status = None
             clean = self.exit is not None and self.exit.clean
-            _log.info("machine ended", extra={"machine": self.name, "status": describe(status), "clean": clean})
             self.happen(Happening.EXITED if clean or self.asked_to_end else Happening.DIED)
+            _log.info("machine ended", extra={"machine": self.name, "status": describe(status), "clean": clean})
             _settle(ready)
             self.on_end(self)
         finally:
@@ -329,7 +329,7 @@ class Machine:
             except LaunchFailed:
                 await asyncio.to_thread(remove_record, record.run_dir)
                 raise
-        await self._wrap_up(session, record, state_dir, status)
+            await self._wrap_up(session, record, state_dir, status)
         return status
 
     async def _wrap_up(self, session: Session, record: LaunchRecord, state_dir: str, status: ExitStatus) -> None:

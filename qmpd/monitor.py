@@ -245,10 +245,15 @@ async def connected(path: str, *, name: str, peer_pid: int | None, deadline_s: f
         undo.pop_all()  # the session has it now
     try:
         monitor = Monitor(session, name, pid)
-        _log.info("monitor connected", extra={"machine": name, "version": monitor.version, "oob": monitor.oob})
+        # In the next turn of the loop: somebody waits for what is said to QEMU first.
+        asyncio.get_running_loop().call_soon(_note_connected, monitor)
         yield monitor
     finally:
         await _close(session, name)
+
+
+def _note_connected(monitor: Monitor) -> None:
+    _log.info("monitor connected", extra={"machine": monitor.name, "version": monitor.version, "oob": monitor.oob})
 
 
 def _dial(path: str, name: str, peer_pid: int | None) -> tuple[socket.socket, int]:

@@ -58,6 +58,16 @@ def size_and_tail(stem: str, limit: int) -> tuple[int, bytes]:
     return end, tail
 
 
+def tail(piece: str, limit: int) -> tuple[int, bytes]:
+    """The same for one piece alone, which may have none."""
+    descriptor = os.open(piece, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(descriptor).st_size
+        return int(piece[-DIGITS:]) + size, os.pread(descriptor, limit, max(0, size - limit)) if size else b""
+    finally:
+        os.close(descriptor)
+
+
 def first(stem: str) -> int:
     """The offset of the oldest byte that is kept."""
     for base, path in pieces(stem):

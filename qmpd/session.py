@@ -127,7 +127,12 @@ class Session:
         Raises:
             LaunchFailed: it ended, or hung and was ended, before it was ready.
         """
-        return await self._until_exit(self._watch_launched(begin, ready))
+        await self._while_it_lives(self._watch_launched(begin, ready))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GRACE_S):
+                return await self.process.wait()
+        await self._while_it_lives(self._reconnect())
+        return await self.process.wait()
 
     async def adopt(self, ready: Callable[[], None], *, paused: bool) -> ExitStatus:
         """Connects to a QEMU that runs already, and stays until it has ended.
@@ -135,7 +140,8 @@ class Session:
         `ready` is called after the first attempt, unless the process had ended by then. A guest that was launched to run, and
         was not set going before its daemon died, is set going (`paused` says that it was launched to wait).
         """
-        return await self._until_exit(self._watch_adopted(ready, paused=paused))
+        await self._while_it_lives(self._watch_adopted(ready, paused=paused))
+        return await self.process.wait()
 
     async def ask_status(self, monitor: Monitor) -> str:
         """Asks QEMU for its run state, reports and returns it."""
@@ -180,16 +186,14 @@ class Session:
             _log.warning("standard error of QEMU cannot be read", extra={"machine": self._name, "error": str(error)})
             return ""
 
-    async def _until_exit(self, watch: Coroutine[object, object, None]) -> ExitStatus:
+    async def _while_it_lives(self, watch: Coroutine[object, object, None]) -> None:
+        """Stays until the watch is over, or the process: what QEMU said last is still read then."""
         async with alongside(watch, f"monitor:{self._name}") as watching, alongside(self.process.wait(), f"exit:{self._name}") as exiting:
             await asyncio.wait([watching, exiting], return_when=asyncio.FIRST_COMPLETED)
+            if not watching.done():
+                await asyncio.wait([watching], timeout=DRAIN_DEADLINE_S)
             if watching.done():
                 watching.result()
-            status = await exiting
-            await asyncio.wait([watching], timeout=DRAIN_DEADLINE_S)
-            if watching.done():
-                watching.result()
-            return status
 
     async def _watch_launched(self, begin: Begin, ready: Callable[[], None]) -> None:
         started = False
@@ -211,8 +215,6 @@ class Session:
                 if not started:
                     raise await self._launch_failed(error) from error
             break
-        await self._pause(GRACE_S)
-        await self._reconnect()
 
     async def _watch_adopted(self, ready: Callable[[], None], *, paused: bool) -> None:
         await self._pause(0)  # what was found may have ended already
