@@ -43,7 +43,7 @@ async def trim(path: str, cap_bytes: int) -> int:
 
     Does nothing where the file system cannot punch holes.
     """
-    return await asyncio.to_thread(_trim, path, cap_bytes)
+    return await asyncio.to_thread(trim_now, path, cap_bytes)
 
 
 async def keep_trimmed(files: Callable[[], Mapping[str, int]]) -> None:
@@ -91,7 +91,8 @@ def _first_data(file: int) -> int:
         return os.fstat(file).st_size
 
 
-def _trim(path: str, cap_bytes: int) -> int:
+def trim_now(path: str, cap_bytes: int) -> int:
+    """The same as `trim`, for a thread: blocks."""
     with ExitStack() as opened:
         file = _opened(path, os.O_RDWR, opened)
         if file is None:
@@ -106,7 +107,7 @@ def _trim(path: str, cap_bytes: int) -> int:
 def _trim_all(files: Mapping[str, int]) -> None:
     for path, cap_bytes in files.items():
         try:
-            _trim(path, cap_bytes)
+            trim_now(path, cap_bytes)
         except OSError as error:  # one bad file must not stop the others from being kept small
             _log.warning("file not trimmed", extra={"path": path, "error": error.strerror})
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Final
@@ -83,6 +83,12 @@ class Console:
             self._seen = size
             self._announce()
 
+    async def moved(self, pipe: str) -> None:
+        """The pieces of the log have other names: looks where QEMU's own is, and how long the log is now."""
+        if self.attached:
+            self.piece = await asyncio.to_thread(os.path.realpath, f"{pipe}.out")
+        await self.load()
+
     async def start(self) -> int:
         """The offset of the oldest byte that is still kept."""
         return await asyncio.to_thread(segments.first, self._log)
@@ -93,7 +99,7 @@ class Console:
         self.end = max(self.end, begin + len(data)) if data else self.end
         return begin, data
 
-    async def follow(self, offset: int, *, chunk: int = 65_536) -> AsyncIterator[tuple[int, bytes]]:
+    async def follow(self, offset: int, *, chunk: int = 65_536) -> AsyncGenerator[tuple[int, bytes], None]:
         """Everything from `offset` on as it comes, in pieces with their offsets, until the machine has stopped and all was read."""
         while True:
             changed = self._changed

@@ -100,6 +100,11 @@ CATALOGUE: Final[Mapping[str, Failpoint]] = {
     "exit-keep": Failpoint(before="how a machine ended being written", error=_FULL),
     "exit-kept": Failpoint(before="that file getting its name", error=_FULL),
     "record-remove": Failpoint(before="the launch record being removed", error=_refused(errno.EROFS)),
+    # Another host's machine on its way here.
+    "migration-log-write": Failpoint(before="bytes of a console's log that arrive being written", error=_FULL),
+    "migration-log-renumber": Failpoint(before="the piece of a log that QEMU writes to getting its number", error=_IO),
+    "migration-log-relink": Failpoint(before="the link to that piece following", error=_FULL),
+    "migration-log-place": Failpoint(before="what arrived of a log becoming a part of it", error=_IO),
     # What can be found out again.
     "cache-write": Failpoint(before="a file of the cache getting its name", error=_FULL),
 }

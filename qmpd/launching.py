@@ -120,10 +120,11 @@ def _make_ready(what: Launch) -> None:
         if not Path(path).exists():
             raise HostError(f"{path} is gone: restore it, or create the machine anew", path=path)
     for pipe in plan.serial_pipes().values():
-        _make_pipe(pipe, what.log_cap_bytes)
+        make_pipe(pipe, what.log_cap_bytes)
 
 
-def _make_pipe(pipe: SerialPipe, cap_bytes: int) -> None:
+def make_pipe(pipe: SerialPipe, cap_bytes: int) -> None:
+    """Both ends of a serial port for a QEMU that is about to be launched, in place of those of the one before. Blocks. Raises OSError."""
     written, typed = Path(f"{pipe.path}.out"), Path(f"{pipe.path}.in")
     for end in (written, typed):
         end.unlink(missing_ok=True)

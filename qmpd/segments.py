@@ -7,6 +7,7 @@ Old bytes go by punching holes into a piece, or by removing it whole; what remai
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Final
 
@@ -14,15 +15,20 @@ from typing import Final
 DIGITS: Final = 20
 
 
-def pieces(stem: str) -> list[tuple[int, Path]]:
-    """The pieces of the log `stem`, oldest first, each with the offset at which it begins."""
+def pieces(stem: str, suffix: str = "") -> list[tuple[int, Path]]:
+    """The pieces of the log `stem`, oldest first, each with the offset at which it begins. Those with a suffix are not part of it yet."""
     parent, name = os.path.split(stem)
+    form = re.compile(rf"{re.escape(name)}\.([0-9]{{{DIGITS}}}){re.escape(suffix)}")
     try:
-        names = [entry.name for entry in Path(parent).iterdir() if entry.name.startswith(f"{name}.")]
+        found = [(match[1], entry) for entry in Path(parent).iterdir() if (match := form.fullmatch(entry.name))]
     except FileNotFoundError:
         return []
-    bases = sorted(entry for entry in names if len(entry) == len(name) + 1 + DIGITS and entry[-DIGITS:].isdecimal())
-    return [(int(entry[-DIGITS:]), Path(parent) / entry) for entry in bases]
+    return sorted((int(base), entry) for base, entry in found)
+
+
+def named(stem: str, base: int, suffix: str = "") -> Path:
+    """The piece of the log `stem` that begins at `base`, whether or not it is there."""
+    return Path(f"{stem}.{base:0{DIGITS}}{suffix}")
 
 
 def begin(stem: str, cap_bytes: int) -> Path:
@@ -39,7 +45,7 @@ def begin(stem: str, cap_bytes: int) -> Path:
         if kept > cap_bytes:
             path.unlink()
         kept += size
-    piece = Path(f"{stem}.{base:0{DIGITS}}")
+    piece = named(stem, base)
     piece.touch(mode=0o600)
     return piece
 
