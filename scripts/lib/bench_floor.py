@@ -42,11 +42,12 @@ def _words(pid: int | None) -> tuple[str, ...]:
 class ByHand:
     """A QEMU that runs a command of qmpd's with sockets and pipes of its own; used in `with`, which ends it.
 
-    `seconds` is from spawning it until `cont` was answered, or, `halted`, `qmp_capabilities`.
+    `seconds` is from spawning it until `cont` was answered, or, `halted`, `qmp_capabilities`. `within` is a command that runs it elsewhere.
     """
 
-    def __init__(self, argv: Sequence[str], *, halted: bool = False, plain_console: bool = False) -> None:
+    def __init__(self, argv: Sequence[str], *, halted: bool = False, plain_console: bool = False, within: Sequence[str] = ()) -> None:
         self._argv = argv
+        self._within = tuple(within)
         self._handshake = ("qmp_capabilities",) if halted else ("qmp_capabilities", "cont")
         self._plain_console = plain_console
         self._stack = ExitStack()
@@ -70,6 +71,11 @@ class ByHand:
         """What the guest printed, if its console is a plain file."""
         return self.directory / CONSOLE
 
+    @property
+    def pid(self) -> int:
+        """QEMU's process id."""
+        return self._process.pid
+
     def execute(self, command: str) -> None:
         """One round trip: a command without arguments, and its answer."""
         self._stream.write(b'{"execute": "%s"}' % command.encode())
@@ -91,7 +97,7 @@ class ByHand:
 
     def _start(self) -> None:
         passed: list[socket.socket] = []
-        words = [self._own(word, passed) for word in self._argv]
+        words = [*self._within, *(self._own(word, passed) for word in self._argv)]
         descriptors = [sock.fileno() for sock in passed]
         began = time.perf_counter()
         # A session of its own, as under qmpd: the scheduler shares the processors among sessions, not among processes.

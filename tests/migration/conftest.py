@@ -1,4 +1,4 @@
-"""Fixtures of the migration tests: pairs of real QEMUs, and the certificates of two hosts."""
+"""Fixtures of the migration tests: pairs of real QEMUs, the certificates of two hosts, a network, and somebody who looks on."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from qmpd.migration.tls import ClientTls, ServerTls, subject
 from qmpd.pki.directory import AUTHORITY, REVOKED, Pki
 from tests.guests.build import Guest
 from tests.migration.ends import Ends, ends_in
+from tests.migration.network import Network, NoNetworks, leftovers, network
+from tests.migration.onlooker import Onlooker, onlooking
 from tests.process.emulator import PATIENCE_S, emulators_in
 
 
@@ -64,3 +66,21 @@ def server_tls(hosts: Path) -> ServerTls:
 def client_tls(hosts: Path) -> ClientTls:
     """That of a source on `hosta` which looks for `hostb`."""
     return ClientTls(directory=str(hosts / "hosta"), hostname="hostb")
+
+
+@pytest.fixture
+def laid() -> Iterator[Network]:
+    """Two stations and what joins them."""
+    try:
+        with network() as made:
+            yield made
+    except NoNetworks as reason:
+        pytest.skip(str(reason))
+    assert not leftovers()
+
+
+@pytest.fixture
+def onlooker() -> Iterator[Onlooker]:
+    """Looks at every QEMU whose machine it is told to mind."""
+    with onlooking() as made:
+        yield made
