@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from qmpd.pki.directory import AUTHORITY, REVOKED, Pki
+from qmpd.pki.directory import Pki
 from scripts.lib.bench_floor import ByHand
 from tests.guests.catalogue import Guest
 from tests.guests.running import command
@@ -105,8 +105,7 @@ def credentials(directory: Path, stations: Sequence[Station]) -> Credentials:
 
 def hosted(authority: Pki, place: Path, name: str, address: str) -> None:
     """Issues a host's certificate and puts it in its place."""
-    made = authority.issue(name, "peer", (name, address))
-    Pki(place).install(made, authority.read(AUTHORITY) or b"", authority.read(REVOKED) or b"")
+    authority.store(place, authority.issue(name, "peer", (name, address)))
 
 
 def plain_argv(guest: Guest, *options: str, name: str | None = None) -> tuple[str, ...]:

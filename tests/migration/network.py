@@ -5,13 +5,16 @@ Needs root. The names are unique to the process and the block, and everything is
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import Final
+from pathlib import Path
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -27,6 +30,10 @@ NOBODY: Final = "02:00:00:00:00:fe"
 #: States of a port of the bridge (STP): what comes through a disabled one is dropped, and neither side is told.
 DISABLED, FORWARDING = "0", "3"
 
+#: Of setns(2): a network namespace.
+CLONE_NEWNET: Final = 0x40000000
+
+T = TypeVar("T")
 _numbers: Final = itertools.count()
 
 
@@ -49,6 +56,11 @@ class Station(msgspec.Struct, frozen=True, kw_only=True):
     def within(self) -> tuple[str, ...]:
         """Put before a command, runs it here: as the same process, with the same files."""
         return ("nsenter", f"--net=/run/netns/{self.name}")
+
+    def inside(self, work: Callable[[], T]) -> T:
+        """What `work` returns, which is called here: in a thread that belongs to the namespace. Sockets made there stay there."""
+        with ThreadPoolExecutor(1, thread_name_prefix=f"in:{self.name}", initializer=_enter, initargs=(self.name,)) as thread:
+            return thread.submit(work).result()
 
     @property
     def mac(self) -> str:
@@ -133,6 +145,13 @@ def leftovers() -> list[str]:
     """The namespaces this process made that are still there."""
     said = subprocess.run(["ip", "-json", "netns", "list"], check=True, capture_output=True, timeout=TOOL_LIMIT_S).stdout
     return [entry["name"] for entry in json.loads(said or b"[]") if entry["name"].startswith(f"qm{os.getpid():x}-")]
+
+
+def _enter(name: str) -> None:
+    """Takes this thread into a network namespace."""
+    with Path(f"/run/netns/{name}").open("rb") as place:
+        if ctypes.CDLL(None, use_errno=True).setns(place.fileno(), CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _inside(name: str, tool: str, *words: str) -> None:
