@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -16,12 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
 import msgspec
+import tomli_w
 
 #: The daemon lets go of its machines in well under a second; on a host that is short of processors it may take longer.
 STOP_LIMIT_S: Final = 180.0
@@ -49,10 +49,21 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Restartable:
-    """A private daemon. `generation` counts its lives; its settings may be more than the defaults."""
+    """A private daemon. `generation` counts its lives; its settings may be more than the defaults.
 
-    def __init__(self, directory: Path, cache: Path, settings: Mapping[str, object], state_dir: Path | None = None) -> None:
+    `within` is put before its command (`nsenter ...`), and must become it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        cache: Path,
+        settings: Mapping[str, object],
+        state_dir: Path | None = None,
+        within: Sequence[str] = (),
+    ) -> None:
         self.directory = directory
+        self._within = tuple(within)
         self.socket = str(directory / "qmpd.sock")
         self.state_dir = state_dir or directory / "s"
         self.run_dir = directory / "r"
@@ -60,8 +71,7 @@ class Restartable:
         self.process: subprocess.Popen[bytes] | None = None
         places = {"socket": self.socket, "state_dir": str(self.state_dir), "run_dir": str(self.run_dir), "cache_dir": str(cache)}
         values = {**places, "pools": ["/"], **settings}
-        lines = [f"{key} = {json.dumps(value)}\n" for key, value in values.items()]
-        (directory / "qmpd.toml").write_text("".join(lines), encoding="utf-8")
+        (directory / "qmpd.toml").write_text(tomli_w.dumps(values), encoding="utf-8")
 
     @property
     def pid(self) -> int:
@@ -70,12 +80,14 @@ class Restartable:
             raise DaemonFailed(f"the daemon does not run\n{self.log_tail()}")
         return self.process.pid
 
-    def start(self) -> float:
-        """Starts the daemon and returns the moment before (`time.perf_counter`)."""
-        command = [sys.executable, "-m", "qmpd", "serve", "--config", str(self.directory / "qmpd.toml")]
+    def start(self, **environ: str) -> float:
+        """Starts the daemon, with `environ` in its environment, and returns the moment before (`time.perf_counter`)."""
+        command = [*self._within, sys.executable, "-m", "qmpd", "serve", "--config", str(self.directory / "qmpd.toml")]
         with (self.directory / LOG).open("ab") as output:
             began = time.perf_counter()
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, env={**os.environ, **environ}, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
         self.generation += 1
         return began
 
@@ -156,11 +168,11 @@ def kill_qemus(run_dir: Path) -> int:
 
 @asynccontextmanager
 async def restartable(
-    cache: Path, settings: Mapping[str, object], *, prefix: str, state_dir: Path | None = None
+    cache: Path, settings: Mapping[str, object], *, prefix: str, state_dir: Path | None = None, within: Sequence[str] = ()
 ) -> AsyncIterator[Restartable]:
     """A daemon in a directory of its own, not started yet. Leaving the block ends it and all its QEMUs, and removes the directory."""
     directory = Path(tempfile.mkdtemp(prefix=prefix))
-    daemon = Restartable(directory, cache, settings, state_dir)
+    daemon = Restartable(directory, cache, settings, state_dir, within)
     try:
         yield daemon
     finally:
