@@ -15,15 +15,15 @@ ROLES: Final[tuple[Role, ...]] = get_args(Role)
 #: The roles of people and programs.
 Personal = Literal["admin", "operator", "viewer"]
 PERSONAL: Final[tuple[Personal, ...]] = get_args(Personal)
-#: What a request needs: to look, to use what is there, to change definitions, to do anything; `peer` is for other daemons, and
-#: `join` for hosts that have nothing yet but an invitation, which the request itself carries.
-Right = Literal["read", "operate", "define", "admin", "peer", "join"]
+#: What a request needs: to look, to use what is there, to change definitions, to do anything; `peer` is for other daemons, `known` for
+#: everybody who is somebody, and `join` for hosts that have nothing yet but an invitation, which the request itself carries.
+Right = Literal["read", "operate", "define", "admin", "peer", "known", "join"]
 
 RIGHTS: Final[dict[Role, frozenset[Right]]] = {
-    "viewer": frozenset({"read"}),
-    "operator": frozenset({"read", "operate"}),
-    "admin": frozenset({"read", "operate", "define", "admin"}),
-    "peer": frozenset({"peer"}),
+    "viewer": frozenset({"known", "read"}),
+    "operator": frozenset({"known", "read", "operate"}),
+    "admin": frozenset({"known", "read", "operate", "define", "admin"}),
+    "peer": frozenset({"known", "peer"}),
 }
 
 

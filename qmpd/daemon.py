@@ -104,7 +104,7 @@ async def running(settings: Settings, environ: Mapping[str, str], dial: Dial = n
         await registry.load()
         await tokens.load()
         await asyncio.to_thread(confiner.sweep)
-        await stack.enter_async_context(_housekeeping(registry, service, tally, sampler))
+        await stack.enter_async_context(_housekeeping(settings, registry, service, tally, sampler))
         yield service
 
 
@@ -152,7 +152,7 @@ def _adopting(recovery: Recovery, tasks: Tasks, found: Sequence[LaunchRecord]) -
 
 
 @asynccontextmanager
-async def _housekeeping(registry: Registry, service: Service, tally: Tally, sampler: Sampler) -> AsyncIterator[None]:
+async def _housekeeping(settings: Settings, registry: Registry, service: Service, tally: Tally, sampler: Sampler) -> AsyncIterator[None]:
     async def start(name: str) -> bool:
         try:
             await service.start(name, StartRequest())
@@ -167,6 +167,8 @@ async def _housekeeping(registry: Registry, service: Service, tally: Tally, samp
         tasks.start(service.rescue.recovery.watch_strays(), "strays")
         tasks.start(keep_trimmed(registry.capped_files), "trim-logs")
         tasks.start(sampler.run(), "figures")
+        if settings.listen or settings.peers:
+            tasks.start(service.authority.keep_current(service.serving), "revocations")
         tasks.start(Resumes(registry, tasks).run(), "room")
         wanted = [machine.definition.spec for machine in registry if machine.definition.spec.autostart and not machine.alive]
         tasks.start(start_in_order(wanted, start, lambda: not service.host.asked), "autostart")

@@ -10,10 +10,10 @@ from typing import Final
 
 from qmpd import __version__
 from qmpd.access import Caller
-from qmpd.errors import HostError, PeerError, PeerUnavailable
+from qmpd.errors import HostError, PeerError, PeerSilent, PeerUnavailable
 from qmpd.journal import timestamp, utc_now
 from qmpd.peers import Dial, PeerDaemon, Peers
-from qmpd.peerviews import PeerGreeting, PeerHealth, PeerView
+from qmpd.peerviews import PeerGreeting, PeerHealth, PeerView, RevocationView
 from qmpd.settings import Peer
 
 #: A greeting is four round trips with the handshake and no work: who needs longer is of no use for a migration.
@@ -67,6 +67,15 @@ class Peering:
             return _absent(peer, "peer_silent", f"no answer within {HEALTH_S:g} s")
         except (PeerError, HostError) as error:
             return _absent(peer, error.code, error.message)
+
+    async def revocations(self, name: str) -> RevocationView:
+        """What a peer knows of revocations. Raises PeerError, HostError without certificates, NotFound."""
+        peer = self.peers.get(name)
+        try:
+            async with self._turns, asyncio.timeout(HEALTH_S), self.dial(peer) as daemon:
+                return await daemon.revoked()
+        except TimeoutError as error:
+            raise PeerSilent(f"{name} did not answer within {HEALTH_S:g} s", peer=name) from error
 
     async def _asked(self, peer: Peer) -> PeerHealth:
         async with self.dial(peer) as daemon:

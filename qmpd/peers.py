@@ -8,7 +8,7 @@ from typing import Protocol
 
 from qmpd.access import Caller
 from qmpd.errors import Forbidden, NotFound
-from qmpd.peerviews import PeerCertificate, PeerGreeting
+from qmpd.peerviews import PeerCertificate, PeerGreeting, RevocationView
 from qmpd.settings import Peer
 
 
@@ -67,6 +67,9 @@ class PeerDaemon(Protocol):
 
     async def greeting(self) -> PeerGreeting:
         """What it says of itself, and of us."""
+
+    async def revoked(self) -> RevocationView:
+        """What its authority revoked, as far as it knows."""
 
 
 #: A connection to a peer for as long as the block runs; nothing is sent before the first question. Raises HostError without certificates.

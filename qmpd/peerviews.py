@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from qmpd.viewbase import View
+from typing import Annotated
+
+from msgspec import Meta
+
+from qmpd.viewbase import Request, View
 
 
 class PeerView(View, frozen=True, kw_only=True):
@@ -51,3 +55,25 @@ class PeerHealth(View, frozen=True, kw_only=True):
     certificate: PeerCertificate | None = None
     round_trip_ms: float | None = None
     clock_ahead_s: float | None = None
+
+
+class JoinRequest(Request, frozen=True, kw_only=True):
+    """What somebody sends who was invited: the token, and a certificate request (PEM) for a key of their own."""
+
+    token: Annotated[str, Meta(max_length=256)]
+    request: Annotated[str, Meta(max_length=4096)]
+
+
+class JoinAnswer(View, frozen=True, kw_only=True):
+    """What they get: the certificate, the authority's own, and its revocation list (all PEM)."""
+
+    certificate: str
+    authority: str
+    revoked: str
+
+
+class RevocationView(View, frozen=True, kw_only=True):
+    """The revocation list of this daemon's authority (PEM). Its signature says that it is one; `number` grows with each."""
+
+    number: int
+    revoked: str

@@ -19,9 +19,15 @@ from qmpd.pki import ISSUED
 from qmpd.pki.certificates import Unreadable, describe
 from qmpd.pki.checking import check
 from qmpd.pki.directory import AUTHORITY, REVOKED, Issued, Pki
+from qmpd.pki.invitations import invite
+from qmpd.pki.joining import join
 from qmpd.settings import Settings
 from qmpd.views import CheckReport
 
+#: A token from standard input has less.
+LONGEST_TOKEN: Final = 1024
+#: How long a revocation takes from one daemon to the next (`qmpd.authority`).
+PERIOD: Final = "a minute"
 #: The conclusions of `qmpd pki check`.
 GOOD: Final = "Daemons can trust each other with these files."
 BAD: Final = "Nobody can be trusted with these files until the failures are mended."
@@ -63,9 +69,22 @@ def _issue(arguments: argparse.Namespace, pki: Pki, output: TextIO) -> int:
     return 0
 
 
+def _invite(arguments: argparse.Namespace, pki: Pki, output: TextIO) -> int:
+    token = invite(pki, arguments.name, arguments.role, arguments.host, minutes=arguments.ttl, days=arguments.days)
+    output.write(f"{token}\n")
+    return 0
+
+
+def _join(arguments: argparse.Namespace, pki: Pki, output: TextIO) -> int:
+    shown: str = arguments.token
+    facts = join(pki, arguments.url, sys.stdin.readline(LONGEST_TOKEN) if shown == "-" else shown)
+    output.write(f"{facts.role} {facts.name}, valid until {facts.not_after:%Y-%m-%d}: {pki.directory}\n")
+    return 0
+
+
 def _revoke(arguments: argparse.Namespace, pki: Pki, output: TextIO) -> int:
     output.writelines(f"revoked {line.name} ({line.serial})\n" for line in pki.revoke(arguments.name))
-    output.write(f"copy {pki.directory / REVOKED} to every host; until then they accept it\n")
+    output.write(f"peers of this host's daemon take notice within {PERIOD}; to everybody else copy {pki.directory / REVOKED}\n")
     return 0
 
 
@@ -105,6 +124,8 @@ _STEPS: Final[dict[str, Callable[[argparse.Namespace, Pki, TextIO], int]]] = {
     "init": _init,
     "issue": _issue,
     "renew": _issue,
+    "join-token": _invite,
+    "join": _join,
     "revoke": _revoke,
     "list": _listed,
     "check": _check,

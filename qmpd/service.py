@@ -10,6 +10,7 @@ import msgspec
 
 from qmpd import __version__, operating, power
 from qmpd.access import OURSELVES, Caller, in_scope
+from qmpd.authority import Authority
 from qmpd.board import NamedBoard
 from qmpd.bus import Bus
 from qmpd.console import Console, port_of
@@ -83,6 +84,7 @@ class Service:
         self.serving = asyncio.Event()
         self.tokens = tokens
         self.peering = peering
+        self.authority = Authority(settings.pki_dir, peering)
         self.upkeep = upkeep
         self._settings = settings
         self._registry = registry

@@ -15,7 +15,7 @@ from qmpd.emulatorfiles import Stamp, stamp
 from qmpd.errors import Forbidden, Unauthorized
 from qmpd.peers import Peers
 from qmpd.pki import ORGANIZATION
-from qmpd.pki.certificates import Unreadable, describe, describe_der, revoked_in
+from qmpd.pki.certificates import Unreadable, describe, describe_der, describe_list
 from qmpd.pki.context import client_context, server_context
 from qmpd.pki.directory import AUTHORITY, REVOKED, SERVER, Pki
 
@@ -81,7 +81,7 @@ class Trust:
             return
         listed, authority = self.pki.read(REVOKED), self.pki.read(AUTHORITY)
         try:
-            revoked, _ = revoked_in(listed or b"", authority or b"")
+            revoked = describe_list(listed or b"", authority or b"").revoked
         except Unreadable as error:
             # The last good list stays in force: a file that is being replaced must neither open nor close every door.
             _log.error("revocation list cannot be read", extra={"path": str(self.pki.directory / REVOKED), "error": str(error)})

@@ -6,16 +6,18 @@ import asyncio
 import logging
 from typing import Any, Final
 
+import msgspec
 from aiohttp import web
 
 from qmpd.access import Caller
-from qmpd.errors import Busy, QmpdError, Undecodable
+from qmpd.errors import Busy, QmpdError, Unauthorized, Undecodable
 from qmpd_api import media
 from qmpd_api.codec import decode_aside, encode
 from qmpd_api.exchange import LIMITS, SERVICE, Call, Reply, read_body, revision_of
 from qmpd_api.guards import Handler, error_answer
 from qmpd_api.idempotency import ATTEMPTS, Answer, fingerprint_of, key_of
 from qmpd_api.identity import admitted, check_labels
+from qmpd_api.limits import Limits
 from qmpd_api.peers import PEERS
 from qmpd_api.queries import decode_query
 from qmpd_api.routes import Route
@@ -31,7 +33,7 @@ def endpoint(route: Route[Any, Any]) -> Handler:
 
     async def answer(request: web.Request) -> web.StreamResponse:
         caller = await admitted(request, route)  # before its body is read: a stranger's is not
-        raw = await read_body(request, request.app[LIMITS])
+        raw = await read_body(request, _limits(request, route))
         call = await _call(request, route, raw, caller)
         if route.stream is not None:
             response = await route.stream(request, call)
@@ -49,6 +51,11 @@ def endpoint(route: Route[Any, Any]) -> Handler:
 def _note(method: str, path: str, status: int, caller: Caller) -> None:
     who = {"user": caller.user, "uid": caller.uid, "pid": caller.pid, "address": caller.address}
     _log.info("request", extra={"method": method, "path": path, "status": status, **who})
+
+
+def _limits(request: web.Request, route: Route[Any, Any]) -> Limits:
+    limits = request.app[LIMITS]
+    return limits if route.body_bytes is None else msgspec.structs.replace(limits, body_bytes=min(route.body_bytes, limits.body_bytes))
 
 
 async def _call(request: web.Request, route: Route[Any, Any], raw: bytes, caller: Caller) -> Call[Any, Any]:
@@ -79,7 +86,7 @@ async def _body(request: web.Request, route: Route[Any, Any], raw: bytes) -> obj
 
 
 async def _once(request: web.Request, route: Route[Any, Any], call: Call[Any, Any], raw: bytes) -> Answer:
-    key = key_of(request, call.caller) if route.method == "POST" else None
+    key = key_of(request, call.caller) if route.method == "POST" and route.kept else None
     if key is None:
         return await _served(request, route, call)
 
@@ -98,7 +105,12 @@ async def _served(request: web.Request, route: Route[Any, Any], call: Call[Any, 
     if route.handler is None:
         raise RuntimeError(f"the stream of {route.path} declined, and the route has no handler")
     with request.app[PEERS].under_way(route.pool):
-        result = await route.handler(call)
+        try:
+            result = await route.handler(call)
+        except Unauthorized:
+            if call.caller.address is not None:
+                request.app[PEERS].refused(call.caller.address)
+            raise
     document, headers = (result.document, result.headers) if isinstance(result, Reply) else (result, {})
     if document is None:
         return Answer(status=route.status, headers=dict(headers))

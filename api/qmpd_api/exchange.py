@@ -81,7 +81,7 @@ async def read_body(request: web.BaseRequest, limits: Limits) -> bytes:
 
     Raises:
         UnsupportedMedia: a Content-Encoding other than gzip.
-        TooLarge: it is larger than `limits.body_bytes`, before or after decompression.
+        TooLarge: it is larger than `limits.body_bytes`, before or after decompression; what announces that is not read.
         RequestTimeout: it did not arrive within `limits.body_s`.
         Undecodable: the chunks or the compression are broken.
     """
@@ -93,6 +93,7 @@ async def read_body(request: web.BaseRequest, limits: Limits) -> bytes:
         whole = request.content.read_nowait()
         check_size(len(whole), limits)
         return gunzip(whole, limits) if encoding == "gzip" else whole
+    check_size(request.content_length or 0, limits)
     received = bytearray()
     try:
         async with asyncio.timeout(limits.body_s):

@@ -49,6 +49,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     refusals_forgotten_s: float = 60.0
     #: Addresses whose refusals are counted; each costs about 200 bytes. Beyond this they are not: nobody guesses 256 bits.
     refusing_addresses: int = 10_000
+    #: Requests of invited strangers under way: each costs a signature, and they are served one after the other.
+    joins: int = 8
     #: Requests under way that change something: beyond this they would only wait for each other.
     changes: int = 64
     #: Requests that wait for a machine (expect, wait, qmp). They cost a task each and no work.

@@ -28,7 +28,7 @@ class Peers:
         self._limits = limits
         self._connections: Counter[int | str | None] = Counter()
         self._refusals: dict[str, tuple[float, float]] = {}
-        self._caps = {"changes": limits.changes, "waits": limits.waits}
+        self._caps = {"changes": limits.changes, "waits": limits.waits, "joins": limits.joins}
         self._under_way: Counter[str] = Counter()
         self._users: dict[int, str | None] = {}
 

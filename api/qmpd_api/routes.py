@@ -19,6 +19,7 @@ from qmpd.spec import MachineChanges, MachineSpec
 from qmpd_api import downloads, handlers, streams, trust_handlers
 from qmpd_api.exchange import Call
 from qmpd_api.handlers import Nothing
+from qmpd_api.limits import KIB
 from qmpd_api.queries import (
     BoardsQuery,
     ConsoleQuery,
@@ -37,11 +38,13 @@ Q = TypeVar("Q", bound=Query)
 
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 #: Which of the limits on requests under way counts this route. `kill` has none: it must work when nothing else does.
-Pool = Literal["none", "changes", "waits"]
+Pool = Literal["none", "changes", "waits", "joins"]
 
 PNG: Final = "image/png"
 PROMETHEUS: Final = "text/plain; version=0.0.4; charset=utf-8"
 BYTES: Final = "application/octet-stream"
+#: A token, and a request with the shortest keys there are; both are limited for themselves, too.
+JOIN_BYTES: Final = 16 * KIB
 GZIP: Final = "application/gzip"
 
 
@@ -51,7 +54,8 @@ class Route(Generic[B, Q]):
 
     `stream` comes before it and may write a response of its own; it returns None to leave the request to `handler`. `right` is what
     the caller's role must have; `scoped` routes are also for those whose token is good for some machines only, as are all routes of
-    one machine.
+    one machine. `body_bytes` is what its body may have, where that is less than elsewhere. An answer that is not `kept` holds a secret,
+    or is for somebody whom nobody knows: no Idempotency-Key makes the daemon store it.
     """
 
     method: Method
@@ -70,6 +74,8 @@ class Route(Generic[B, Q]):
     errors: tuple[type[QmpdError], ...] = ()
     pool: Pool = "none"
     revision: Literal["none", "answered", "optional", "needed"] = "none"
+    body_bytes: int | None = None
+    kept: bool = True
 
     @property
     def name(self) -> str:
@@ -187,7 +193,7 @@ ROUTES: Final[tuple[Route[Any, Any], ...]] = (
           handler=trust_handlers.tokens, answer=tuple[v.TokenView, ...]),
     Route(method="POST", path="/v1/tokens", summary="Make a token; its text is in the answer and nowhere else", right="admin", query=Query,
           handler=trust_handlers.create_token, body=v.TokenRequest, answer=v.NewToken, status=201, errors=(e.Invalid, e.NoSpace),
-          pool="changes"),
+          pool="changes", kept=False),
     Route(method="DELETE", path="/v1/tokens/{id}", summary="End a token at once", right="admin", query=Query,
           handler=trust_handlers.revoke_token, status=204, errors=(e.NotFound, e.NoSpace), pool="changes"),
     Route(method="GET", path="/v1/peers", summary="The other daemons that machines are moved to and from", right="read", query=Query,
@@ -196,6 +202,11 @@ ROUTES: Final[tuple[Route[Any, Any], ...]] = (
           query=Query, handler=trust_handlers.peer_health, answer=pv.PeerHealth, errors=(e.NotFound,), pool="waits"),
     Route(method="GET", path="/v1/peer", summary="What this daemon says to a peer that asks", right="peer", query=Query,
           handler=trust_handlers.greeting, answer=pv.PeerGreeting),
+    Route(method="POST", path="/v1/pki/join", summary="Get a certificate, once, with the token of an invitation", right="join", query=Query,
+          handler=trust_handlers.join, body=pv.JoinRequest, answer=pv.JoinAnswer, errors=(e.NotFound, e.Invalid, e.HostError),
+          pool="joins", body_bytes=JOIN_BYTES, kept=False),
+    Route(method="GET", path="/v1/pki/crl", summary="What the authority of this daemon revoked", right="known", scoped=True, query=Query,
+          handler=trust_handlers.revoked, answer=pv.RevocationView, errors=(e.NotFound, e.HostError)),
     Route(method="GET", path="/metrics", summary="The numbers of this daemon for Prometheus", right="read", query=Query,
           handler=handlers.metrics, produces=PROMETHEUS),
     Route(method="GET", path="/v1/openapi.json", summary="This description", right="read", scoped=True, query=Query,

@@ -1,10 +1,10 @@
-"""The methods of the client for whom a daemon trusts: tokens and peers."""
+"""The methods of the client for whom a daemon trusts: tokens, peers and the authority."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from qmpd.peerviews import PeerGreeting, PeerHealth, PeerView
+from qmpd.peerviews import JoinAnswer, JoinRequest, PeerGreeting, PeerHealth, PeerView, RevocationView
 from qmpd.views import NewToken, TokenRequest, TokenView
 from qmpd_api.connection import Connection, segment
 
@@ -40,3 +40,11 @@ class TrustVerbs(ABC):
     async def greeting(self) -> PeerGreeting:
         """What the daemon says to a peer. Raises Forbidden to everybody else."""
         return await self.connection.call("GET", "/v1/peer", PeerGreeting)
+
+    async def join(self, request: JoinRequest) -> JoinAnswer:
+        """A certificate for who was invited, once. `qmpd pki join` is what does this with care for whom it tells the token."""
+        return await self.connection.call("POST", "/v1/pki/join", JoinAnswer, body=request)
+
+    async def revoked(self) -> RevocationView:
+        """What the daemon's authority revoked, as far as the daemon knows."""
+        return await self.connection.call("GET", "/v1/pki/crl", RevocationView)

@@ -1,8 +1,8 @@
-"""What the routes about trust do: tokens and peers."""
+"""What the routes about trust do: tokens, peers and the authority."""
 
 from __future__ import annotations
 
-from qmpd.peerviews import PeerGreeting, PeerHealth, PeerView
+from qmpd.peerviews import JoinAnswer, JoinRequest, PeerGreeting, PeerHealth, PeerView, RevocationView
 from qmpd.views import NewToken, TokenRequest, TokenView
 from qmpd_api.exchange import Call
 from qmpd_api.queries import Query
@@ -36,3 +36,13 @@ async def peer_health(call: Call[None, Query]) -> PeerHealth:
 async def greeting(call: Call[None, Query]) -> PeerGreeting:
     """What a peer hears."""
     return call.service.peering.greet(call.caller)
+
+
+async def join(call: Call[JoinRequest, Query]) -> JoinAnswer:
+    """Get a certificate."""
+    return await call.service.authority.join(call.body, call.caller.address)
+
+
+async def revoked(call: Call[None, Query]) -> RevocationView:
+    """The revocation list."""
+    return await call.service.authority.revoked()

@@ -6,6 +6,8 @@ from typing import Final
 
 #: Long enough not to be renewed in a hurry, short enough that a lost key is not lost for ever.
 CERTIFICATE_DAYS: Final = 397
+#: How long an invitation can be used: long enough to walk to the other host.
+INVITED_MINUTES: Final = 60.0
 #: The organization in everything that is issued.
 ORGANIZATION: Final = "qmpd"
 #: The directory, in an authority's own, where what it issues is put by default.

@@ -94,18 +94,8 @@ def issue(authority: KeyPair, request: bytes, *, name: str, role: Role, hosts: S
         Invalid: the name or a host cannot be one, or the time is not positive.
         Unreadable: the request is damaged, or is not signed with the key it brings.
     """
-    _check_name(name)
-    if days < 1:
-        raise invalid([Problem(path="$.days", message=f"must be at least 1, not {days}")])
-    names = _general_names(name, hosts)
-    try:
-        csr = x509.load_pem_x509_csr(request)
-        public = csr.public_key()
-        signed = csr.is_signature_valid
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise Unreadable("this is not a certificate request") from error
-    if not isinstance(public, ec.EllipticCurvePublicKey) or not isinstance(public.curve, ec.SECP256R1) or not signed:
-        raise Unreadable("the request is not for an EC P-256 key, or not signed with it")
+    names = check_owner(name, role, hosts, days)
+    public = requested_key(request)
     certificate, key = _loaded(authority)
     builder = _builder(_subject(name, role), certificate.subject, public, now, days)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -114,18 +104,42 @@ def issue(authority: KeyPair, request: bytes, *, name: str, role: Role, hosts: S
     builder = builder.add_extension(x509.ExtendedKeyUsage(uses), critical=False)
     if names:
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-    elif role == "peer":
-        raise invalid([Problem(path="$.hosts", message=f"a peer is reached under a host name or address, and {name!r} is none")])
     issuer_key = x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
     builder = builder.add_extension(issuer_key, critical=False)
     return _pem(builder.sign(key, hashes.SHA256()))
 
 
-def revocation_list(authority: KeyPair, revoked: Sequence[tuple[str, datetime]], now: datetime) -> bytes:
-    """The list (PEM) of certificates that are not valid any more: serial numbers in hex, and since when."""
+def check_owner(name: str, role: Role, hosts: Sequence[str], days: int) -> list[x509.GeneralName]:
+    """The names of a certificate for this owner. Raises Invalid for one that cannot be issued."""
+    _check_name(name)
+    if days < 1:
+        raise invalid([Problem(path="$.days", message=f"must be at least 1, not {days}")])
+    names = _general_names(name, hosts)
+    if not names and role == "peer":
+        raise invalid([Problem(path="$.hosts", message=f"a peer is reached under a host name or address, and {name!r} is none")])
+    return names
+
+
+def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
+    """The key that a request (PEM) is for, and is signed with. Raises Unreadable."""
+    try:
+        csr = x509.load_pem_x509_csr(request)
+        public = csr.public_key()
+        signed = csr.is_signature_valid
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise Unreadable("this is not a certificate request") from error
+    if not isinstance(public, ec.EllipticCurvePublicKey) or not isinstance(public.curve, ec.SECP256R1) or not signed:
+        raise Unreadable("the request is not for an EC P-256 key, or not signed with it")
+    return public
+
+
+def revocation_list(authority: KeyPair, revoked: Sequence[tuple[str, datetime]], now: datetime, number: int) -> bytes:
+    """The list (PEM) of certificates that are not valid any more: serial numbers in hex, and since when. `number` only ever grows."""
     certificate, key = _loaded(authority)
     builder = x509.CertificateRevocationListBuilder().issuer_name(certificate.subject)
     builder = builder.last_update(now - BACKDATED).next_update(now + timedelta(days=LIST_DAYS))
+    builder = builder.add_extension(x509.CRLNumber(number), critical=False)
+    builder = builder.add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
     for serial, since in revoked:
         entry = x509.RevokedCertificateBuilder().serial_number(int(serial, 16)).revocation_date(since).build()
         builder = builder.add_revoked_certificate(entry)
@@ -159,14 +173,24 @@ def fits(key: bytes, certificate: bytes) -> bool:
     return _private(key).public_key() == _certificate(certificate).public_key()
 
 
-def revoked_in(listed: bytes, authority: bytes) -> tuple[dict[str, datetime], datetime]:
-    """The revoked serial numbers (hex) of a list (PEM) with their dates, and until when the list is valid.
+class ListFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a revocation list says: its number, from when until when it is valid, and what was revoked (serials in hex), with dates."""
+
+    number: int
+    since: datetime
+    until: datetime
+    revoked: dict[str, datetime]
+
+
+def describe_list(listed: bytes, authority: bytes) -> ListFacts:
+    """What a revocation list (PEM) says.
 
     Raises:
         Unreadable: it is damaged, or the authority did not sign it.
     """
     try:
         found = x509.load_pem_x509_crl(listed)
+        numbers = [extension.value.crl_number for extension in found.extensions if isinstance(extension.value, x509.CRLNumber)]
     except (ValueError, UnsupportedAlgorithm) as error:
         raise Unreadable("this is not a revocation list") from error
     signer = _certificate(authority).public_key()
@@ -175,7 +199,8 @@ def revoked_in(listed: bytes, authority: bytes) -> tuple[dict[str, datetime], da
     until = found.next_update_utc
     if until is None:
         raise Unreadable("the revocation list does not say how long it is valid")
-    return {f"{entry.serial_number:x}": entry.revocation_date_utc for entry in found}, until
+    revoked = {f"{entry.serial_number:x}": entry.revocation_date_utc for entry in found}
+    return ListFacts(number=max(numbers, default=0), since=found.last_update_utc, until=until, revoked=revoked)
 
 
 def _check_name(name: str) -> None:

@@ -104,7 +104,8 @@ def _authority(pki: Pki, now: datetime) -> Iterator[CheckLine]:
 
 def _list(pki: Pki, now: datetime) -> Iterator[CheckLine]:
     try:
-        revoked, until = certificates.revoked_in(pki.read(REVOKED) or b"", pki.read(AUTHORITY) or b"")
+        found = certificates.describe_list(pki.read(REVOKED) or b"", pki.read(AUTHORITY) or b"")
+        revoked, until = found.revoked, found.until
     except Unreadable as error:
         yield _AUTHORITY.failed("revocation list", str(error), "No connection is accepted without it.", "copy it again")
         return
@@ -121,7 +122,7 @@ def _own(pki: Pki, names: tuple[str, str], subject: str, hosts: Sequence[str], n
     try:
         facts = certificates.describe(certificate)
         trusted, own = certificates.issued_by(certificate, authority), certificates.fits(key, certificate)
-        revoked, _ = certificates.revoked_in(pki.read(REVOKED) or b"", authority)
+        revoked = certificates.describe_list(pki.read(REVOKED) or b"", authority).revoked
     except Unreadable as error:
         yield _HOST.failed(subject, str(error), "", ANEW)
         return

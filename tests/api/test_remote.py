@@ -21,9 +21,10 @@ from qmpd.pki import certificates
 from qmpd.pki.certificates import KeyPair
 from qmpd.pki.directory import AUTHORITY, AUTHORITY_KEY, CLIENT, REVOKED, Pki
 from qmpd.service import Service
+from qmpd.settings import Settings
 from qmpd.spec import MachineSpec
 from qmpd.trust import LOOK_S, loaded
-from qmpd.views import TokenRequest
+from qmpd.views import NewToken, TokenRequest
 from qmpd_api.application import create
 from qmpd_api.client import Client
 from qmpd_api.connection import DaemonUnavailable, Remote
@@ -184,6 +185,17 @@ async def test_a_token_is_good_for_its_machines_only(host: Host, service: Servic
             await robot.create(MachineSpec(name="new", board="x86_64-q35", labels={"team": "b"}))
         assert (await robot.create(MachineSpec(name="new", board="x86_64-q35", labels={"team": "a", "x": "y"}))).name == "new"
     assert {machine.name for machine in service.machines({}, None).machines} == {"ours", "theirs", "new"}
+
+
+async def test_the_text_of_a_token_is_stored_nowhere_whatever_the_request_wants(host: Host, settings: Settings) -> None:
+    request, key = TokenRequest(name="robot", role="viewer"), {"Idempotency-Key": "again"}
+    async with Client(host.person("ada", "admin")) as ada:
+        made = await ada.connection.call("POST", "/v1/tokens", NewToken, body=request, headers=key)
+        with pytest.raises(Invalid, match="called 'robot' already"):
+            await ada.connection.call("POST", "/v1/tokens", NewToken, body=request, headers=key)
+    secret = made.token.split("_", 2)[2].encode()
+    for path in await asyncio.to_thread(lambda: list(Path(settings.state_dir).glob("qmpd.db*"))):
+        assert secret not in await asyncio.to_thread(path.read_bytes)
 
 
 async def test_who_guesses_has_to_wait_and_others_need_not(host: Host) -> None:

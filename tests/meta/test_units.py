@@ -159,7 +159,9 @@ def test_the_directories_are_those_of_the_daemon() -> None:
         HOST.run_dir: ["d", one(service, "RuntimeDirectoryMode")],
         **{path: ["d", "0700"] for path in states},
         HOST.cache_dir: ["d", one(service, "CacheDirectoryMode")],
+        HOST.pki_dir: ["d", "0700"],  # so that certificates which root puts there belong to the daemon
     }
+    assert f"-{HOST.pki_dir}" in words(service, "ReadWritePaths")
 
 
 def test_the_socket_is_where_clients_look_for_it_and_the_group_may_use_it() -> None:

@@ -14,7 +14,7 @@ from qmpd.credentials import admission, credentials, directory, distinguished_na
 from qmpd.errors import Forbidden, HostError, NotFound, PeerUnavailable
 from qmpd.peering import Peering, nowhere
 from qmpd.peers import PeerDaemon, Peers
-from qmpd.peerviews import PeerGreeting
+from qmpd.peerviews import PeerGreeting, RevocationView
 from qmpd.pki.directory import AUTHORITY, REVOKED, SERVER, Pki
 from qmpd.settings import Peer
 
@@ -66,6 +66,9 @@ class Says:
 
     async def greeting(self) -> PeerGreeting:
         return PeerGreeting(version="1", peer="a", may_send=True, may_receive=True, time=self._time)
+
+    async def revoked(self) -> RevocationView:
+        return RevocationView(number=0, revoked="nothing that could be read")
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_what_is_no_certificate_cannot_be_read(junk: bytes) -> None:
     with pytest.raises(Unreadable):
         certificates.describe_der(junk)
     with pytest.raises(Unreadable):
-        certificates.revoked_in(junk, AUTHORITY_PAIR.certificate)
+        certificates.describe_list(junk, AUTHORITY_PAIR.certificate)
     with pytest.raises(Unreadable):
         certificates.issue(AUTHORITY_PAIR, junk, name="a", role="peer", hosts=(), now=NOW, days=1)
 
@@ -98,12 +98,12 @@ def test_what_is_no_key_cannot_be_read() -> None:
 
 def test_a_list_names_what_was_revoked_and_only_its_authority_can_make_it() -> None:
     serial = certificates.describe(issued().certificate).serial
-    listed = certificates.revocation_list(AUTHORITY_PAIR, [(serial, NOW)], NOW)
-    revoked, until = certificates.revoked_in(listed, AUTHORITY_PAIR.certificate)
-    assert revoked == {serial: NOW}
-    assert until > NOW
+    listed = certificates.revocation_list(AUTHORITY_PAIR, [(serial, NOW)], NOW, 7)
+    facts = certificates.describe_list(listed, AUTHORITY_PAIR.certificate)
+    assert (facts.number, facts.revoked) == (7, {serial: NOW})
+    assert facts.since < NOW < facts.until
     with pytest.raises(Unreadable, match="not signed by this authority"):
-        certificates.revoked_in(listed, certificates.new_authority("lab", NOW).certificate)
+        certificates.describe_list(listed, certificates.new_authority("lab", NOW).certificate)
 
 
 def host(directory: Path) -> Pki:
@@ -111,6 +111,10 @@ def host(directory: Path) -> Pki:
     pki.init("lab")
     pki.install(pki.issue("localhost", "peer", ("127.0.0.1",)), pki.read(AUTHORITY) or b"", pki.read(REVOKED) or b"")
     return pki
+
+
+def revoked_by(pki: Pki) -> dict[str, datetime]:
+    return certificates.describe_list(pki.read(REVOKED) or b"", pki.read(AUTHORITY) or b"").revoked
 
 
 def test_keys_are_for_their_owner_alone(tmp_path: Path) -> None:
@@ -138,8 +142,7 @@ def test_the_book_knows_everything_that_was_issued_and_revoked(tmp_path: Path) -
     revoked = pki.revoke("hostb")
     serials = {certificates.describe(pair.certificate).serial for pair in (made, again)}
     assert {line.serial for line in revoked} == serials
-    listed, _ = certificates.revoked_in(pki.read(REVOKED) or b"", pki.read(AUTHORITY) or b"")
-    assert set(listed) == serials
+    assert set(revoked_by(pki)) == serials
     assert [(line.name, line.revoked_at is None) for line in pki.issued()] == [("localhost", True), ("hostb", False), ("hostb", False)]
     for nobody in ("hostb", "nobody"):
         with pytest.raises(NotFound):
@@ -147,7 +150,7 @@ def test_the_book_knows_everything_that_was_issued_and_revoked(tmp_path: Path) -
     with pytest.raises(NotFound):
         pki.renew("hostb")
     certificates.describe(pki.issue("hostc", "peer", ()).certificate)
-    assert set(certificates.revoked_in(pki.read(REVOKED) or b"", pki.read(AUTHORITY) or b"")[0]) == serials
+    assert set(revoked_by(pki)) == serials
 
 
 def test_one_certificate_can_be_revoked_by_its_number(tmp_path: Path) -> None:

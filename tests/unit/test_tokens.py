@@ -141,7 +141,7 @@ async def test_the_secret_of_one_token_does_not_open_with_the_name_of_another(st
         tokens.caller(mixed, None)
 
 
-RIGHT_NAMES: tuple[Right, ...] = ("read", "operate", "define", "admin", "peer")
+RIGHT_NAMES: tuple[Right, ...] = ("known", "read", "operate", "define", "admin", "peer")
 
 
 @pytest.mark.parametrize("right", RIGHT_NAMES)
