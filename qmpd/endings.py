@@ -37,6 +37,9 @@ def keep(state_dir: str, ending: ExitView) -> None:
         failpoint("exit-keep")
         temporary.write_bytes(msgspec.msgpack.encode(ending))
         failpoint("exit-kept")
+        # To put a file in the place of another one makes ext4 write the new one to the disk at once, and somebody waits for this. The
+        # old one says nothing of the process that ended now: without either, the launch record tells that nobody saw its end.
+        target.unlink(missing_ok=True)
         temporary.rename(target)
     except OSError as error:
         _log.warning("ending was not kept", extra={"path": str(target), "error": str(error)})
