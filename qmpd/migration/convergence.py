@@ -21,6 +21,7 @@ from typing import Final, Literal, TypeAlias
 import msgspec
 
 from qmpd.migration.measuring import Measuring, Sample
+from qmpd.migration.progress import NONE
 from qmpd.migrationviews import MAX_DOWNTIME_MS, Goal, GoalChanges, MigrationProgress, Tuning
 
 MIB: Final = 1024 * 1024
@@ -44,8 +45,8 @@ QEMU_INITIAL_PERCENT: Final = 20
 QEMU_INCREMENT_PERCENT: Final = 10
 #: A limit that is this much higher is worth a command.
 WORTH: Final = 1.05
-#: The statuses of QEMU in which it can still be told something; empty: memory is not being sent yet.
-TUNABLE: Final = frozenset({"", "setup", "active"})
+#: The statuses of QEMU in which it can still be told something.
+TUNABLE: Final = frozenset({NONE, "setup", "active"})
 
 
 class Abilities(msgspec.Struct, frozen=True, kw_only=True):
@@ -285,7 +286,7 @@ class Tuner:
         """The figures for people, as of the last sample."""
         measured, sample = self.measured, self.measured.latest
         halted = measured.halted_ms(measured.height_bytes)
-        speed = measured.bytes_s if sample.status else measured.disk_bytes_s
+        speed = measured.disk_bytes_s if sample.status == NONE else measured.bytes_s
         return MigrationProgress(
             phase=phase,
             memory_total_bytes=sample.total_bytes,

@@ -13,6 +13,8 @@ from typing import Final
 
 import msgspec
 
+from qmpd.migration.progress import NONE, Progress
+
 #: What is averaged over: short enough to follow a link that becomes slow, long enough to survive bursts.
 WINDOW_S: Final = 5.0
 #: The least of as many passes is what waiting for a quiet moment can be expected to bring.
@@ -21,18 +23,15 @@ WINDOW_PASSES: Final = 5
 IMPROVEMENT: Final = 0.9
 #: The estimate gives up here: what takes more passes does not converge in any useful sense.
 MOST_PASSES: Final = 200
-_BITS: Final = 8
-_MEGA: Final = 1_000_000
 _MS: Final = 1000.0
-PAGE: Final = 4096
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a migration is at one moment; `at_s` counts from its beginning. `status` is QEMU's, or empty before memory is sent.
+    """How far a migration is at one moment; `at_s` counts from its beginning. `status` is QEMU's, `none` before memory is sent.
     `dirty_bytes_s`: what the guest changed per second in the last pass; `height_bytes`: what was to be sent when it ended, 0 if unknown."""
 
     at_s: float
-    status: str = ""
+    status: str = NONE
     total_bytes: int = 0
     remaining_bytes: int = 0
     transferred_bytes: int = 0
@@ -45,52 +44,23 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     disks_ready: bool = True
 
 
-class _Ram(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    total: int = 0
-    remaining: int = 0
-    transferred: int = 0
-    dirty_sync_count: int = 0
-    dirty_pages_rate: int = 0
-    page_size: int = PAGE
-    mbps: float = 0.0
-
-
-class Answer(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """What QEMU answers to `query-migrate`, as far as it matters here. Everything may be missing: before a migration all is."""
-
-    status: str = ""
-    ram: _Ram = _Ram()
-    expected_downtime: float = 0.0
-    cpu_throttle_percentage: int = 0
-    total_time: float | None = None
-    setup_time: float | None = None
-    downtime: float | None = None
-    error_desc: str | None = None
-    blocked_reasons: tuple[str, ...] = ()
-
-
-def answered(answer: object) -> Answer:
-    """A decoded answer to `query-migrate`. Raises msgspec.ValidationError for what is none."""
-    return msgspec.convert(answer, Answer)
-
-
-def sample_of(answer: Answer, at_s: float, *, disk_total_bytes: int = 0, disk_remaining_bytes: int = 0, disks_ready: bool = True) -> Sample:
-    """What QEMU said, and what the copies of disks said, as one sample."""
-    ram = answer.ram
-    changing = ram.dirty_pages_rate > 0  # before it is known, and while nothing changes, `expected-downtime` says something else
+def sample_of(progress: Progress, at_s: float) -> Sample:
+    """What QEMU and the copies of disks said, as one sample."""
+    changing = progress.dirty_bytes_per_s > 0  # before it is known, and while nothing changes, `expected-downtime` says something else
+    total, done = (sum(getattr(disk, name) for disk in progress.disks) for name in ("total_bytes", "done_bytes"))
     return Sample(
         at_s=at_s,
-        status=answer.status,
-        total_bytes=ram.total,
-        remaining_bytes=ram.remaining,
-        transferred_bytes=ram.transferred,
-        passes=ram.dirty_sync_count,
-        dirty_bytes_s=float(ram.dirty_pages_rate * ram.page_size),
-        height_bytes=int(answer.expected_downtime / _MS * ram.mbps * _MEGA / _BITS) if changing else 0,
-        throttle_percent=answer.cpu_throttle_percentage,
-        disk_total_bytes=disk_total_bytes,
-        disk_remaining_bytes=disk_remaining_bytes,
-        disks_ready=disks_ready,
+        status=progress.status,
+        total_bytes=progress.total_bytes,
+        remaining_bytes=progress.remaining_bytes,
+        transferred_bytes=progress.transferred_bytes,
+        passes=progress.passes,
+        dirty_bytes_s=float(progress.dirty_bytes_per_s),
+        height_bytes=int(progress.expected_downtime_ms / _MS * progress.bytes_per_s) if changing else 0,
+        throttle_percent=progress.throttle_percent,
+        disk_total_bytes=total,
+        disk_remaining_bytes=total - done,
+        disks_ready=all(disk.ready for disk in progress.disks),
     )
 
 
@@ -132,7 +102,7 @@ class Measuring:
     def take(self, sample: Sample) -> None:
         """One more sample. Those after the first pass tell how much the guest changes."""
         began = sample.passes > self.latest.passes
-        if sample.status:
+        if sample.status != NONE:
             self._memory.take(sample.at_s, sample.transferred_bytes)
         self._disks.take(sample.at_s, sample.disk_total_bytes - sample.disk_remaining_bytes)
         height = max(sample.remaining_bytes, sample.height_bytes)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qmpd.migration.convergence import Abort, Decision, Pause, Postcopy, Remark, Set, Tuner
-from qmpd.migration.measuring import answered, sample_of
+from qmpd.migration.measuring import sample_of
+from qmpd.migration.progress import DiskProgress, Progress, read_progress
 
 MIB = 1024 * 1024
 PAGE = 4096
@@ -95,27 +96,30 @@ class ModelQemu:
         since_pause = 0.0 if self.paused_at is None else (self.now - self.paused_at) * 1000
         self.downtime_ms = since_pause + halted_ms + OVERHEAD_MS
 
-    def query_migrate(self) -> dict[str, object]:
+    def progress(self) -> Progress:
+        """What QEMU and the copy of the disk say."""
         if self.disk > 0:
-            return {}
-        status = {None: "active", "completed": "completed"}.get(self.outcome, "completed")
+            done = int(self._disk_total - self.disk)
+            return Progress(disks=(DiskProgress(node="disk0", done_bytes=done, total_bytes=int(self._disk_total), ready=False),))
         speed = self.speed()
-        return {
-            "status": status,
-            "total-time": int(self.now * 1000),
-            "expected-downtime": int(self._height / speed * 1000) if self._height and speed else self.parameters["downtime-limit"],
-            "cpu-throttle-percentage": self.throttle,
-            "ram": {
-                "total": int(self._memory),
-                "remaining": int(self._remaining),
-                "transferred": int(self._transferred),
-                "dirty-sync-count": self.passes,
-                "dirty-pages-rate": int(self._dirty_rate / PAGE),
-                "page-size": PAGE,
-                "mbps": speed * 8 / 1e6,
-                "normal": 0,
-            },
+        ram = {
+            "total": int(self._memory),
+            "remaining": int(self._remaining),
+            "transferred": int(self._transferred),
+            "dirty-sync-count": self.passes,
+            "dirty-pages-rate": int(self._dirty_rate / PAGE),
+            "page-size": PAGE,
+            "mbps": speed * 8 / 1e6,
         }
+        return read_progress(
+            {
+                "status": "active",
+                "total-time": int(self.now * 1000),
+                "expected-downtime": int(self._height / speed * 1000) if self._height and speed else self.parameters["downtime-limit"],
+                "cpu-throttle-percentage": self.throttle,
+                "ram": ram,
+            }
+        )
 
     def obey(self, decision: Decision) -> None:
         match decision:
@@ -130,9 +134,6 @@ class ModelQemu:
                 self.outcome = "aborted"
             case Remark():
                 pass
-
-    def disks(self) -> dict[str, int]:
-        return {"disk_total_bytes": int(self._disk_total), "disk_remaining_bytes": int(self.disk)}
 
 
 class Run:
@@ -157,8 +158,7 @@ class Run:
         return self
 
     def _sample(self) -> None:
-        answer = answered(self.qemu.query_migrate())
-        for decision in self.tuner.decide(sample_of(answer, self.qemu.now, disks_ready=self.qemu.disk <= 0, **self.qemu.disks())):
+        for decision in self.tuner.decide(sample_of(self.qemu.progress(), self.qemu.now)):
             self.decisions.append((self.qemu.now, decision))
             self.qemu.obey(decision)
         self.limits.append(self.qemu.parameters["downtime-limit"])

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmpd.migration.measuring import WINDOW_PASSES, Measuring, Rate, Sample, answered, converging_s, sample_of
+from qmpd.migration.measuring import WINDOW_PASSES, Measuring, Rate, Sample, converging_s, sample_of
+from qmpd.migration.progress import DiskProgress, Progress, read_progress
 
 MIB = 1024 * 1024
 #: QEMU 7.2, 256 MiB, a guest that writes to 32 MiB over and over, 20 MiB/s, in its seventh pass.
-SEVENTH_PASS = {
+SEVENTH_PASS: dict[str, object] = {
     "expected-downtime": 1596,
     "status": "active",
     "setup-time": 1,
@@ -34,7 +34,7 @@ SEVENTH_PASS = {
 
 
 def test_an_answer_of_qemu_is_understood() -> None:
-    sample = sample_of(answered(SEVENTH_PASS), 10.0)
+    sample = sample_of(read_progress(SEVENTH_PASS), 10.0)
     assert (sample.status, sample.passes, sample.throttle_percent) == ("active", 7, 1)
     assert (sample.total_bytes, sample.remaining_bytes, sample.transferred_bytes) == (268967936, 23068672, 212230144)
     assert sample.dirty_bytes_s == 5107 * 4096
@@ -42,18 +42,20 @@ def test_an_answer_of_qemu_is_understood() -> None:
 
 
 def test_before_a_migration_qemu_says_nothing() -> None:
-    assert sample_of(answered({}), 0.0) == Sample(at_s=0.0)
+    assert sample_of(read_progress({}), 0.0) == Sample(at_s=0.0)
 
 
 def test_expected_downtime_means_nothing_while_nothing_is_known_to_change() -> None:
-    ram = {"total": 1, "remaining": 1, "mbps": 100.0, "dirty-pages-rate": 0}
-    assert sample_of(answered({"status": "active", "expected-downtime": 300, "ram": ram}), 0.0).height_bytes == 0
+    ram: dict[str, object] = {"total": 1, "remaining": 1, "mbps": 100.0, "dirty-pages-rate": 0}
+    assert sample_of(read_progress({"status": "active", "expected-downtime": 300, "ram": ram}), 0.0).height_bytes == 0
 
 
-@pytest.mark.parametrize("answer", [None, [], {"ram": {"total": "much"}}, {"status": 3}])
-def test_what_is_no_answer_is_refused(answer: object) -> None:
-    with pytest.raises(msgspec.ValidationError):
-        answered(answer)
+def test_the_copies_of_disks_are_taken_together() -> None:
+    following = DiskProgress(node="disk0", done_bytes=10, total_bytes=10, ready=True)
+    copied = DiskProgress(node="disk1", done_bytes=30, total_bytes=100, ready=False)
+    sample = sample_of(Progress(disks=(following, copied)), 1.0)
+    assert (sample.disk_total_bytes, sample.disk_remaining_bytes, sample.disks_ready) == (110, 70, False)
+    assert sample_of(Progress(disks=(following,)), 1.0).disks_ready
 
 
 def test_a_rate_is_that_of_the_last_seconds() -> None:
