@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta
 
-from qmpd.spec import MAX_DISKS, DiskFormat, Name, Path, Text
+from qmpd.spec import MAX_DISKS, DiskFormat, Name, Path, Text, Word
 from qmpd.viewbase import Request, View
 
 #: What happens at the deadline to a guest that changes its memory faster than it can be sent.
@@ -60,7 +60,8 @@ class DiskChoice(Request, frozen=True, kw_only=True):
 class MigrateRequest(Request, frozen=True, kw_only=True):
     """Move a machine to the daemon `peer`. `storage` is for the disks that `disks` does not name: `auto` finds out which are shared.
     `channels`: connections for memory (multifd), 0 for QEMU's single one. `tunnel` sends everything through the API's port, for where
-    no other is open. `copy_as`: the machine stays here as it is, and the peer gets another one of that name with its state."""
+    no other is open. `copy_as`: the machine stays here as it is, and the peer gets another one of that name with its state. `accept`: codes
+    of findings that shall not prevent it, where QEMU or the guest is the judge (the documentation lists them)."""
 
     peer: Text
     dry_run: bool = False
@@ -70,6 +71,7 @@ class MigrateRequest(Request, frozen=True, kw_only=True):
     channels: Annotated[int, Meta(ge=0, le=64)] = 0
     tunnel: bool = False
     copy_as: Name | None = None
+    accept: Annotated[tuple[Word, ...], Meta(max_length=16)] = ()
 
 
 class ResolveRequest(Request, frozen=True, kw_only=True):

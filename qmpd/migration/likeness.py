@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -83,3 +83,77 @@ class QemuFacts(Part, frozen=True, kw_only=True):
     replay: str = "none"
     dumping: bool = False
     jobs: tuple[str, ...] = ()
+
+
+class FirmwareFile(Part, frozen=True, kw_only=True):
+    """A file that QEMU loads into the machine; `role` is where in the definition it is named (`firmware.code`, `kernel.image`)."""
+
+    role: str
+    bytes: int
+    sha256: str
+
+
+class HostPort(Part, frozen=True, kw_only=True):
+    """A port of a host that leads to the guest."""
+
+    protocol: Literal["tcp", "udp"]
+    address: str
+    port: int
+
+
+class DepartingDisk(Part, frozen=True, kw_only=True):
+    """A disk at the source, and how it is to go; `bytes` is what the guest sees."""
+
+    index: int
+    how: Literal["shared", "copy"]
+    format: str
+    bytes: int
+
+
+class ArrivingDisk(Part, frozen=True, kw_only=True):
+    """What is at the destination where a disk is to be. `same` says whether it is the source's file: None if nobody can tell.
+    `needed_bytes` and `free_bytes` are of the file system it goes to."""
+
+    index: int
+    path: str
+    exists: bool
+    same: bool | None = None
+    bytes: int | None = None
+    format: str | None = None
+    needed_bytes: int = 0
+    free_bytes: int | None = None
+
+
+class Departure(Part, frozen=True, kw_only=True):
+    """A machine at its source. `works` is what its board file says of migration, `alias` the machine type as the definition has it.
+    `channels` and `postcopy` are what the request asks for."""
+
+    name: str
+    uuid: str
+    macs: tuple[str, ...] = ()
+    works: str = "works"
+    alias: str = ""
+    protocol: int
+    qemu: QemuFacts
+    firmware: tuple[FirmwareFile, ...] = ()
+    disks: tuple[DepartingDisk, ...] = ()
+    forwards: tuple[HostPort, ...] = ()
+    channels: int = 0
+    postcopy: bool = False
+
+
+class Arrival(Part, frozen=True, kw_only=True):
+    """What the destination found: a QEMU of its own with the same definition, halted, or why there is none (`problem`); what it has no room
+    for or has taken already. `limits_unkept`: limits of the definition it cannot keep, and why."""
+
+    protocols: tuple[int, ...]
+    qemu: QemuFacts | None = None
+    problem: str = ""
+    firmware: tuple[FirmwareFile, ...] = ()
+    disks: tuple[ArrivingDisk, ...] = ()
+    ports_taken: tuple[HostPort, ...] = ()
+    limits_unkept: dict[str, str] = {}
+    name_taken: bool = False
+    uuid_taken_by: str | None = None
+    macs_taken: dict[str, str] = {}
+    free_memory_mib: int | None = None

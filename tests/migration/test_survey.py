@@ -12,6 +12,7 @@ import pytest
 from qmpd.errors import QemuDied, QemuRefused
 from qmpd.migration import survey
 from qmpd.migration.convergence import Abilities, opening
+from qmpd.migration.discrepancy import discrepancies
 from qmpd.migration.likeness import CpuFacts, DeviceFacts, PciFacts, QemuFacts
 from qmpd.migration.survey import dirty_mib_s, surveyed
 from qmpd.migrationviews import Goal
@@ -95,6 +96,18 @@ async def test_a_board_says_what_it_is_made_of(started: Emulators, board: str) -
     assert found.cpu.type in found.built_in
     assert {"return-path", "events", "pause-before-switchover"} <= set(found.capabilities)
     assert found.blockers == found.jobs == ()
+
+
+@pytest.mark.parametrize("board", BOARDS)
+async def test_a_machine_that_runs_and_its_halted_twin_are_alike(started: Emulators, board: str) -> None:
+    target, options, _, _, _ = BOARDS[board]
+    program = shutil.which(f"qemu-system-{target}")
+    assert program is not None
+    emulator = await started.start(*options, "-action", "panic=none", machine=board.removeprefix("rv"), program=program, halted=False)
+    async with emulator.session() as monitor:
+        runs = await surveyed(monitor)
+    twin = await facts_of(started, target, board.removeprefix("rv"), *options)
+    assert list(discrepancies(runs, twin)) == []
 
 
 async def test_a_processor_says_which_features_its_guest_sees(started: Emulators) -> None:
