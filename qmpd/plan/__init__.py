@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from qmpd.plan.command import plan
 from qmpd.plan.launch import BlankImage, Copy, LaunchPlan, Listening, SerialPipe
+from qmpd.plan.network import without_forwards
 from qmpd.plan.resolution import Resolved, console_port, mac_address, resolve, serial_ports
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "plan",
     "resolve",
     "serial_ports",
+    "without_forwards",
 ]

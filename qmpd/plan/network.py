@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from qmpd.argv import Option, document, pairs
 from qmpd.plan.disks import boot_index
 from qmpd.plan.resolution import Resolved, mac_address, nic_model, on_bus
-from qmpd.spec import Forward, Nic, UserNic
+from qmpd.spec import Forward, MachineSpec, Nic, UserNic
+
+
+def without_forwards(spec: MachineSpec) -> MachineSpec:
+    """A definition for the QEMU of a machine that comes from another host: its ports are forwarded once it is here.
+
+    QEMU takes ports of the host as it starts, and ends where one is taken. The guest knows nothing of them.
+    """
+    bare = tuple(msgspec.structs.replace(nic, forwards=()) if isinstance(nic, UserNic) else nic for nic in spec.nics)
+    return msgspec.structs.replace(spec, nics=bare)
 
 
 def nics(machine: Resolved) -> list[Option]:
@@ -37,9 +48,10 @@ def _netdev(index: int, nic: Nic) -> Option:
     if nic.restrict:
         backend["restrict"] = True
     if nic.forwards:
-        backend["hostfwd"] = [{"str": _rule(forward)} for forward in nic.forwards]
+        backend["hostfwd"] = [{"str": forward_rule(forward)} for forward in nic.forwards]
     return document("netdev", backend)
 
 
-def _rule(forward: Forward) -> str:
+def forward_rule(forward: Forward) -> str:
+    """A port forward in the words of QEMU's `hostfwd`."""
     return f"{forward.protocol}:{forward.host_address}:{forward.host_port}-:{forward.guest_port}"

@@ -10,7 +10,7 @@ import msgspec
 from qmpd.board import Board, NamedBoard
 from qmpd.catalogue import load
 from qmpd.facts import AcceleratorFacts, EmulatorFacts, FileFacts, MachinePaths, MachineType, World
-from qmpd.plan import plan
+from qmpd.plan import plan, without_forwards
 from qmpd.plan.resolution import disk_bus
 from qmpd.schema import FEATURE_MARKS
 from qmpd.spec import BiosFirmware, Disk, ImageDisk, Kernel, MachineSpec, UserNic
@@ -84,10 +84,12 @@ def board_texts() -> dict[Path, str]:
 
 
 def case_texts() -> dict[Path, str]:
-    """The golden files of the cases, and what they must say. `kvm` in a case's name puts it on a host with a good KVM."""
+    """The golden files of the cases, and what they must say. `kvm` in a case's name puts it on a host with a good KVM,
+    `incoming` has it come from another host."""
     texts = {}
     for source in sorted(CASES.glob("*.toml")):
         spec = msgspec.convert(tomllib.loads(source.read_text()), MachineSpec)
+        spec = without_forwards(spec) if "incoming" in source.stem else spec
         texts[source.with_suffix(".args")] = command(spec, kvm="kvm" in source.stem)
     return texts
 
