@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,11 @@ from qmpd.errors import QemuSilent
 from qmpd.migration import capabilities
 from qmpd.migration.addresses import UnixAddress
 from qmpd.migration.capabilities import Dials
-from qmpd.migration.incoming import Listen, listen, settle, wait_loaded
-from qmpd.migration.outgoing import Before, Outgoing, Sending, look
+from qmpd.migration.incoming import Endpoint, Listen, listen, settle, wait_loaded
+from qmpd.migration.mirror import DiskCopy
+from qmpd.migration.outgoing import Outgoing, Sending, look
 from qmpd.migration.progress import Progress
+from qmpd.migration.tls import ClientTls
 from qmpd.monitor import Monitor
 from tests.guests.build import Guest
 from tests.guests.trace import Trace, check_trace
@@ -105,21 +108,14 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-async def unwatched(_progress: Progress) -> None:
-    """Nobody looks how far it is."""
-
-
-async def moved(source: End, destination: End, wanted: Listen, sending: Sending | None = None) -> Progress:
+async def moved(source: End, destination: End, wanted: Listen, tls: ClientTls | None = None, **further: object) -> Progress:
     """The whole way, as two daemons go it: the destination's guest runs at the end, the source's does not."""
     launched = await capabilities.read(destination.monitor)
     endpoint = await listen(destination.monitor, wanted)
-    sending = msgspec.structs.replace(sending or Sending(memory=endpoint.memory), memory=endpoint.memory, disks_at=endpoint.disks_at)
-    async with Outgoing(source.monitor, sending, await look(source.monitor)) as outgoing:
-        await outgoing.prepare()
-        await outgoing.send(unwatched)
-        await outgoing.switch_over()
-        await wait_loaded(destination.monitor)
-        figures = await outgoing.figures()
+    outgoing = await outgoing_to(source, endpoint, tls, agreed=wanted.agreed, **further)
+    await attempt(outgoing)
+    await wait_loaded(destination.monitor)
+    figures = await outgoing.figures()
     await source.monitor.execute("quit")
     await go_on(destination, launched)
     return figures
@@ -143,11 +139,72 @@ async def ends_in(directory: Path, emulators: Emulators, guest: Guest) -> AsyncI
         yield Ends(directory, emulators, owned, guest)
 
 
-async def before(end: End) -> Before:
-    """How it is."""
-    return await look(end.monitor)
+class GivenUpError(Exception):
+    """Somebody changed their mind."""
 
 
-def names(items: Sequence[object]) -> list[str]:
-    """The names of objects."""
-    return [str(item["name"]) for item in items if isinstance(item, dict)]
+Step = Callable[[str], Awaitable[None]]
+
+
+async def no_matter(_step: str) -> None:
+    """Nothing happens at any step."""
+
+
+def giving_up_at(wanted: str) -> Step:
+    """The mind is changed at this step."""
+
+    async def step(name: str) -> None:
+        if name == wanted:
+            raise GivenUpError
+
+    return step
+
+
+def signalling_at(wanted: str, end: End, number: signal.Signals) -> Step:
+    """A process gets a signal at this step."""
+
+    async def step(name: str) -> None:
+        if name == wanted:
+            end.emulator.process.signal(number)
+
+    return step
+
+
+async def outgoing_to(source: End, endpoint: Endpoint, tls: ClientTls | None = None, **further: object) -> Outgoing:
+    """A migration to there, of all disks that are awaited."""
+    disks = tuple(DiskCopy(node=name, export=name) for name in endpoint.disks)
+    plain = Sending(memory=endpoint.memory, disks_at=endpoint.disks_at, disks=disks, tls=tls)
+    return Outgoing(source.monitor, msgspec.structs.replace(plain, **further), await look(source.monitor))
+
+
+async def attempt(outgoing: Outgoing, step: Step = no_matter) -> None:
+    """A source's whole way. `step` is told `prepared`, each state of QEMU's, `halted` and `arrived`."""
+
+    async def report(progress: Progress) -> None:
+        await step(progress.status)
+
+    async with outgoing:
+        await outgoing.prepare()
+        await step("prepared")
+        await outgoing.send(report)
+        await step("halted")
+        await outgoing.switch_over()
+        await step("arrived")
+
+
+@asynccontextmanager
+async def undisturbed(ends: Ends, source: End) -> AsyncIterator[None]:
+    """Whatever happens in the block, afterwards the source is what it was, and its guest has lost nothing."""
+    state = await source.status()
+    was = await source.everything()
+    yield
+    now = await source.everything()
+    if state != "running" and await source.status() == "postmigrate":
+        # Until 9.0 QEMU does not remember that the guest was not running; `cont` is possible all the same.
+        now["query-status"] = was["query-status"]
+    assert now == was
+    if state != "running":
+        await source.monitor.execute("cont")
+    await ends.printed(source, 400)
+    trace = ends.trace(source)
+    assert (trace.whole, trace.boots) == (True, 1), trace

@@ -11,9 +11,8 @@ from qmpd.migration import capabilities
 from qmpd.migration.addresses import TcpRange
 from qmpd.migration.capabilities import Agreed
 from qmpd.migration.incoming import Listen, listen, wait_loaded
-from qmpd.migration.outgoing import Outgoing, Sending, look
 from qmpd.migration.tls import ClientTls, ServerTls
-from tests.migration.ends import End, Ends, at, go_on, moved, unwatched
+from tests.migration.ends import Ends, at, attempt, go_on, moved, outgoing_to
 
 pytestmark = pytest.mark.qemu
 PORTS = TcpRange(host="127.0.0.1", first=23000, last=23999)
@@ -35,8 +34,7 @@ async def test_a_guest_moves_over_tls(ends: Ends, server_tls: ServerTls, client_
     source, destination = await ends.source(), await ends.destination()
     launched = await destination.everything()
     agreed = Agreed(channels=channels)
-    sending = Sending(memory=at(ends.directory), tls=client_tls, agreed=agreed)
-    await moved(source, destination, Listen(memory=PORTS, tls=server_tls, agreed=agreed), sending)
+    await moved(source, destination, Listen(memory=PORTS, tls=server_tls, agreed=agreed), client_tls)
     await ends.printed(destination, 400)
     trace = ends.trace(source, destination)
     assert (trace.whole, trace.boots) == (True, 1), trace
@@ -51,15 +49,12 @@ async def test_nobody_else_is_admitted_and_the_right_one_is_still(
     untouched = await source.everything()
     launched = await capabilities.read(destination.monitor)
     endpoint = await listen(destination.monitor, Listen(memory=PORTS, tls=server_tls))
-    wrong = Sending(memory=endpoint.memory, tls=ClientTls(directory=str(hosts / intruder), hostname="hostb"))
+    wrong = await outgoing_to(source, endpoint, ClientTls(directory=str(hosts / intruder), hostname="hostb"))
     with pytest.raises(MigrationFailed):
-        await sent(source, wrong)
+        await attempt(wrong)
     assert await source.everything() == untouched
     assert await destination.status() == "inmigrate"
-    async with Outgoing(source.monitor, Sending(memory=endpoint.memory, tls=client_tls), await look(source.monitor)) as outgoing:
-        await outgoing.prepare()
-        await outgoing.send(unwatched)
-        await outgoing.switch_over()
+    await attempt(await outgoing_to(source, endpoint, client_tls))
     await wait_loaded(destination.monitor)
     await go_on(destination, launched)
     await ends.printed(destination, 400)
@@ -70,17 +65,9 @@ async def test_a_source_believes_no_other_host(ends: Ends, hosts: Path, server_t
     source, destination = await ends.source(), await ends.destination()
     untouched = await source.everything()
     endpoint = await listen(destination.monitor, Listen(memory=PORTS, tls=server_tls))
-    wrong = Sending(memory=endpoint.memory, tls=ClientTls(directory=str(hosts / "hosta"), hostname="hostc"))
+    wrong = await outgoing_to(source, endpoint, ClientTls(directory=str(hosts / "hosta"), hostname="hostc"))
     with pytest.raises(MigrationFailed, match="hostname"):
-        await sent(source, wrong)
+        await attempt(wrong)
     assert await source.everything() == untouched
     await ends.printed(source, 200)
     assert ends.trace(source).whole
-
-
-async def sent(source: End, sending: Sending) -> None:
-    """A source's whole way."""
-    async with Outgoing(source.monitor, sending, await look(source.monitor)) as outgoing:
-        await outgoing.prepare()
-        await outgoing.send(unwatched)
-        await outgoing.switch_over()
