@@ -21,8 +21,11 @@ from qmpd.filewatch import watching
 from qmpd.inventory import Inventory
 from qmpd.jobs import open_jobs
 from qmpd.journal import open_journal
+from qmpd.migration.ledger import open_ledger
+from qmpd.migration.verbs import Migration
 from qmpd.peering import Peering, nowhere
 from qmpd.peers import Dial, Peers
+from qmpd.planning import Planning
 from qmpd.probe import Emulators
 from qmpd.record import LaunchRecord
 from qmpd.recovery import Recovery
@@ -79,12 +82,21 @@ async def running(settings: Settings, environ: Mapping[str, str], dial: Dial = n
         sampler = Sampler(registry)
         inventory = Inventory(catalogue, emulators, accelerators, settings.machines_cgroup)
         tokens = Tokens(store)
+        worlds = Worlds(catalogue, emulators, accelerators, settings, confiner)
+        planning = Planning(registry, worlds)
+        peering = Peering(Peers(settings.peers), dial)
+        ledger = await stack.enter_async_context(open_ledger(database))
+        migration = Migration(
+            settings=settings, registry=registry, ledger=ledger, peering=peering, jobs=jobs, planner=planning.launch, publish=bus.publish
+        )
         service = Service(
             settings=settings,
             tokens=tokens,
-            peering=Peering(Peers(settings.peers), dial),
+            peering=peering,
+            migration=migration,
             registry=registry,
-            worlds=Worlds(catalogue, emulators, accelerators, settings, confiner),
+            worlds=worlds,
+            planning=planning,
             inventory=inventory,
             journal=journal,
             bus=bus,
@@ -103,8 +115,10 @@ async def running(settings: Settings, environ: Mapping[str, str], dial: Dial = n
         stack.push_async_callback(_let_go, registry)
         await registry.load()
         await tokens.load()
+        migration.restore()
         await asyncio.to_thread(confiner.sweep)
         await stack.enter_async_context(_housekeeping(settings, registry, service, tally, sampler))
+        await stack.enter_async_context(migration.at_work())
         yield service
 
 

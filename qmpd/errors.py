@@ -18,6 +18,8 @@ The tree (a leaf is a meaning; its `code` is stable and part of the API)::
     │   ├── GoingDown        all machines are being ended, because the host goes down
     │   ├── NotProven        whose the process is that is alive cannot be proven
     │   ├── NotAdoptable     the process is none that qmpd could take over
+    │   ├── CannotMove       the machine cannot be moved to that host as things are
+    │   ├── GivenAway        the machine was given to another host, which owns it
     │   └── EventsGone       events that were asked for are no longer kept
     ├── StaleRevision        the ETag given is not the current one
     ├── RevisionRequired     an ETag is needed and none was given
@@ -29,7 +31,7 @@ The tree (a leaf is a meaning; its `code` is stable and part of the API)::
     │   ├── QemuDied         QEMU ended while a command was under way
     │   ├── MonitorUnavailable  there is no monitor connection
     │   ├── QemuSilent       no answer within the deadline: the outcome is unknown
-    │   └── MigrationFailed  a migration did not reach its end; the source has its guest
+    │   └── MigrationFailed  the machine's state could not be moved; it stays where it was
     ├── PeerError
     │   ├── PeerUnavailable  no connection to another daemon could be made: nothing was asked of it
     │   ├── PeerRefused      another daemon answered with an error
@@ -143,6 +145,18 @@ class NotAdoptable(Conflict):
     code = "not_adoptable"
 
 
+class CannotMove(Conflict):
+    """The machine cannot be moved as things are; details carry `findings`, every obstacle with what would mend it."""
+
+    code = "cannot_move"
+
+
+class GivenAway(Conflict):
+    """The machine was given to another host, and must not run here; details carry `peer` and `migration`."""
+
+    code = "given_away"
+
+
 class Protected(Conflict):
     """The machine must not be deleted; details carry `field`, what of the definition says so."""
 
@@ -226,7 +240,7 @@ class QemuSilent(QemuError):
 
 
 class MigrationFailed(QemuError):
-    """A migration, or the copying of a disk, did not reach its end; the message has QEMU's words."""
+    """The machine's state could not be moved, with QEMU's words from either side; the machine is where it was, as it was."""
 
     code = "migration_failed"
 

@@ -25,7 +25,8 @@ from typing import Final, Literal, get_args
 
 import msgspec
 
-from qmpd.errors import MonitorUnavailable, NoSpace, QemuDied
+from qmpd.errors import MonitorUnavailable, NoSpace, PeerUnavailable, QemuDied
+from qmpd.migration.phases import Phase
 
 VARIABLE: Final = "QMPD_FAILPOINT"
 
@@ -57,6 +58,15 @@ def _sqlite(code: int) -> Callable[[], Exception]:
 _FULL: Final = _refused(errno.ENOSPC)
 _IO: Final = _refused(errno.EIO)
 
+
+def _no_space() -> NoSpace:
+    return NoSpace(os.strerror(errno.ENOSPC))
+
+
+def _step(phase: Phase, written: bool) -> str:
+    return f"the next step after phase `{phase}` was written" if written else f"phase `{phase}` of a migration being written"
+
+
 #: Every failpoint. The names are part of no promise: they follow the code.
 CATALOGUE: Final[Mapping[str, Failpoint]] = {
     # The database.
@@ -69,9 +79,7 @@ CATALOGUE: Final[Mapping[str, Failpoint]] = {
     "job-change": Failpoint(before="a job's progress or ending being written", error=_sqlite(sqlite3.SQLITE_FULL)),
     "answer-keep": Failpoint(before="an answer being kept under its Idempotency-Key", error=_sqlite(sqlite3.SQLITE_FULL)),
     # Definitions and the files that follow them.
-    "definition-commit": Failpoint(
-        before="a definition being stored, replaced or deleted", error=lambda: NoSpace(os.strerror(errno.ENOSPC))
-    ),
+    "definition-commit": Failpoint(before="a definition being stored, replaced or deleted", error=_no_space),
     "definition-committed": Failpoint(before="the memory following what was stored"),
     "creation-mark": Failpoint(before="a new machine's directory being made, marked as unfinished", error=_FULL),
     "creation-unmark": Failpoint(before="that mark being removed", error=_IO),
@@ -100,6 +108,20 @@ CATALOGUE: Final[Mapping[str, Failpoint]] = {
     "exit-keep": Failpoint(before="how a machine ended being written", error=_FULL),
     "exit-kept": Failpoint(before="that file getting its name", error=_FULL),
     "record-remove": Failpoint(before="the launch record being removed", error=_refused(errno.EROFS)),
+    # A migration: each side's steps, the two commits that move the ownership, and what follows them.
+    **{
+        f"migration-{phase}{written}": Failpoint(before=_step(phase, bool(written)), error=None if written else _no_space)
+        for phase in Phase
+        for written in ("", "-written")
+    },
+    "migration-settled": Failpoint(before="the note that nothing is left to be done for a migration", error=_no_space),
+    "ownership-give": Failpoint(before="the commit that gives a machine away", error=_no_space),
+    "ownership-given": Failpoint(before="the next step after a machine was given away"),
+    "ownership-take": Failpoint(before="the commit that makes this host a machine's owner", error=_no_space),
+    "ownership-taken": Failpoint(before="the next step after this host became the owner"),
+    "ownership-return": Failpoint(before="the commit that takes a machine back that its destination never ran", error=_no_space),
+    "peer-ask": Failpoint(before="a request to a peer", error=lambda: PeerUnavailable("the link is down")),
+    "peer-answered": Failpoint(before="the answer of a peer being looked at", error=lambda: PeerUnavailable("the link is down")),
     # Another host's machine on its way here.
     "migration-log-write": Failpoint(before="bytes of a console's log that arrive being written", error=_FULL),
     "migration-log-renumber": Failpoint(before="the piece of a log that QEMU writes to getting its number", error=_IO),

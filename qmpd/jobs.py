@@ -19,10 +19,32 @@ from qmpd.views import JobView, Progress
 
 #: An ending that found no space is written again this often: a disk is cleared by people.
 WRITE_AGAIN_S: Final = 5.0
+#: Work that is cut off may have to ask its QEMU for something; a daemon that ends has ten seconds for everything.
+INTERRUPT_S: Final = 5.0
 
 _log = logging.getLogger(__name__)
 Work = Callable[[], Awaitable[msgspec.Struct]]
-Report = Callable[[Progress], Awaitable[None]]
+
+
+class Report:
+    """How the work of a job says how far it is."""
+
+    def __init__(self, job: str, journal: Journal) -> None:
+        self.job = job
+        #: Why the job cannot be cancelled any more; empty while it can.
+        self.final = ""
+        self._journal = journal
+
+    async def __call__(self, progress: Progress) -> None:
+        """Records how far it is."""
+        try:
+            await self._journal.update_job(self.job, progress)
+        except QmpdError as error:  # it is for people: a disk that is full must not end the work
+            _log.warning("progress was not recorded", extra={"job": self.job, "error": error.message})
+
+    def point_of_no_return(self, reason: str) -> None:
+        """From here on it goes on whatever anybody says."""
+        self.final = reason
 
 
 class Jobs:
@@ -32,7 +54,7 @@ class Jobs:
         self._journal = journal
         self._publish = publish
         self._tasks = tasks
-        self._running: dict[str, asyncio.Task[None]] = {}
+        self._running: dict[str, tuple[asyncio.Task[None], Report]] = {}
 
     async def begin(self, kind: str, machine: str, work: Work) -> JobView:
         """Starts `work` as a job; its struct becomes the result, its QmpdError the error."""
@@ -41,30 +63,36 @@ class Jobs:
     async def begin_reporting(self, kind: str, machine: str | None, work: Callable[[Report], Awaitable[msgspec.Struct]]) -> JobView:
         """The same for work that says how far it is, and may be about no one machine."""
         job = await self._journal.create_job(kind, machine)
-
-        async def report(progress: Progress) -> None:
-            try:
-                await self._journal.update_job(job.id, progress)
-            except QmpdError as error:  # it is for people: a disk that is full must not end the work
-                _log.warning("progress was not recorded", extra={"job": job.id, "error": error.message})
-
-        self._running[job.id] = self._tasks.start(self._run(job, lambda: work(report)), f"job:{kind}:{machine or 'host'}")
+        report = Report(job.id, self._journal)
+        task = self._tasks.start(self._run(job, lambda: work(report)), f"job:{kind}:{machine or 'host'}")
+        self._running[job.id] = (task, report)
         self._publish("job.started", machine or "", {"job": job.id, "kind": kind})
         return job
 
     async def cancel(self, job_id: str) -> JobView:
-        """Cancels a running job and waits until it has let go. Raises WrongState when it has ended, or is ending."""
-        task = self._running.pop(job_id, None)
-        if task is None:
+        """Cancels a running job and waits until it has let go. Raises WrongState when it has ended, is ending, or cannot go back."""
+        task, report = self._running.get(job_id, (None, None))
+        if task is None or report is None:
             job = await self._journal.job(job_id)
             what = "is ending already" if job.state == "running" else f"has ended: {job.state}"
             raise WrongState(f"job {job_id} {what}", state=job.state, allowed=["running"])
+        if report.final:
+            raise WrongState(f"job {job_id} is past the point of no return: {report.final}", state="running", allowed=[])
+        del self._running[job_id]
         task.cancel()
         return await undivided(self._end(job_id, task), f"cancel:{job_id}")
 
     async def _end(self, job_id: str, task: asyncio.Task[None]) -> JobView:
         await asyncio.wait([task])
         return await self._finish(job_id, "cancelled")
+
+    async def interrupt(self) -> None:
+        """The daemon ends: cuts off what still runs, and waits a moment for it to let go of its machines. No ending is recorded."""
+        tasks = [task for task, _ in self._running.values()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=INTERRUPT_S)
 
     async def job(self, job_id: str) -> JobView:
         """One job. Raises NotFound."""

@@ -23,7 +23,10 @@ from qmpd.runlock import taken
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """A plan, where it is carried out, and what the record says of the emulator. `confiner` is there if the definition has limits."""
+    """A plan, where it is carried out, and what the record says of the emulator.
+
+    `confiner` is there if the definition has limits, `incoming` if QEMU is to take in the state that a migration of this id brings.
+    """
 
     plan: LaunchPlan
     run_dir: str
@@ -31,8 +34,10 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     stderr_path: str
     machine: str
     emulator_version: str
+    features: frozenset[str] = frozenset()
     log_cap_bytes: int
     paused: bool = False
+    incoming: str | None = None
     confiner: Confiner | None = None
 
 
@@ -106,6 +111,7 @@ def _record(what: Launch, definition: Definition, argv: tuple[str, ...], identit
         started_at=timestamp(utc_now()),
         run_dir=what.run_dir,
         paused=what.paused,
+        incoming=what.incoming,
     )
 
 

@@ -10,6 +10,8 @@ Rules:
   observed exit leaves them for `stopped` or `crashed`; no timer ever does.
 * A machine is `found` when a process of an earlier daemon is taken over: from rest, or when a process that could not be told from
   others is identified after all. It is `unreachable` until its monitor answers and has proven whose it is.
+* `incoming` is a QEMU that takes in, or has taken in, a machine that another host owns (`qmpd.migration`): it is halted, and leaves that
+  state when it ends, or when this host has become the owner.
 * `stopping` means that somebody asked QEMU to end; a guest that was asked over ACPI stays `running` until it obeys.
 
 The diagram in docs/lifecycle.md is generated from this table.
@@ -32,6 +34,7 @@ class State(StrEnum):
     CRASHED = "crashed"
     UNRESPONSIVE = "unresponsive"
     UNREACHABLE = "unreachable"
+    INCOMING = "incoming"
 
 
 class Happening(StrEnum):
@@ -41,6 +44,7 @@ class Happening(StrEnum):
     LAUNCH_FAILED = "launch-failed"
     RAN = "ran"
     HALTED = "halted"
+    AWAITED = "awaited"
     QUIT = "quit"
     EXITED = "exited"
     DIED = "died"
@@ -57,7 +61,7 @@ _S = State
 _H = Happening
 
 #: States in which a QEMU process exists.
-ALIVE: Final = frozenset({_S.STARTING, _S.RUNNING, _S.PAUSED, _S.STOPPING, _S.UNRESPONSIVE, _S.UNREACHABLE})
+ALIVE: Final = frozenset({_S.STARTING, _S.RUNNING, _S.PAUSED, _S.STOPPING, _S.UNRESPONSIVE, _S.UNREACHABLE, _S.INCOMING})
 #: States in which QEMU answers its monitor.
 ANSWERING: Final = frozenset({_S.RUNNING, _S.PAUSED})
 #: States in which there is a reason why QEMU does not answer.
@@ -68,16 +72,25 @@ AT_REST: Final = frozenset({_S.STOPPED, _S.CRASHED})
 _ENDINGS: Final = {_H.EXITED: _S.STOPPED, _H.DIED: _S.CRASHED}
 _MONITOR: Final = {_H.SILENT: _S.UNRESPONSIVE, _H.DISCONNECTED: _S.UNREACHABLE}
 _RUN: Final = {_H.RAN: _S.RUNNING, _H.HALTED: _S.PAUSED}
+_AWAITED: Final = {_H.AWAITED: _S.INCOMING}
 
 TABLE: Final[dict[State, dict[Happening, State]]] = {
     _S.STOPPED: {_H.LAUNCH: _S.STARTING, _H.FOUND: _S.UNREACHABLE},
     _S.CRASHED: {_H.LAUNCH: _S.STARTING, _H.FOUND: _S.UNREACHABLE},
-    _S.STARTING: {**_RUN, **_ENDINGS, **_MONITOR, _H.LAUNCH_FAILED: _S.STOPPED, _H.QUIT: _S.STOPPING},
+    _S.STARTING: {**_RUN, **_AWAITED, **_ENDINGS, **_MONITOR, _H.LAUNCH_FAILED: _S.STOPPED, _H.QUIT: _S.STOPPING},
     _S.RUNNING: {**_RUN, **_ENDINGS, **_MONITOR, _H.QUIT: _S.STOPPING},
     _S.PAUSED: {**_RUN, **_ENDINGS, **_MONITOR, _H.QUIT: _S.STOPPING},
-    _S.STOPPING: {**_ENDINGS, **_MONITOR, _H.QUIT: _S.STOPPING, _H.RAN: _S.STOPPING, _H.HALTED: _S.STOPPING},
-    _S.UNRESPONSIVE: {**_RUN, **_ENDINGS, **_MONITOR, _H.QUIT: _S.STOPPING},
-    _S.UNREACHABLE: {**_RUN, **_ENDINGS, **_MONITOR, _H.QUIT: _S.STOPPING, _H.FOUND: _S.UNREACHABLE},
+    _S.STOPPING: {
+        **_ENDINGS,
+        **_MONITOR,
+        _H.QUIT: _S.STOPPING,
+        _H.RAN: _S.STOPPING,
+        _H.HALTED: _S.STOPPING,
+        _H.AWAITED: _S.STOPPING,
+    },
+    _S.UNRESPONSIVE: {**_RUN, **_AWAITED, **_ENDINGS, **_MONITOR, _H.QUIT: _S.STOPPING},
+    _S.UNREACHABLE: {**_RUN, **_AWAITED, **_ENDINGS, **_MONITOR, _H.QUIT: _S.STOPPING, _H.FOUND: _S.UNREACHABLE},
+    _S.INCOMING: {**_RUN, **_AWAITED, **_ENDINGS, **_MONITOR, _H.QUIT: _S.STOPPING},
 }
 
 

@@ -7,9 +7,10 @@ in `qmpd.power` and `qmpd.operating`; one verb at a time holds the machine.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 
 import msgspec
@@ -67,6 +68,7 @@ class Machine:
         self.cgroup: str | None = None
         self.trouble: TroubleView | None = None
         self.asked_to_end = False
+        self.awaited = False  # another host owns it: its QEMU here waits for its state, or has it, and must not run
         self.on_end: Callable[[Machine], None] = lambda _machine: None
         self._publish = publish
         self._hold = Hold()
@@ -104,10 +106,10 @@ class Machine:
         """The machine as the API shows it."""
         return view_of(self)
 
-    # What happens to it.
-
     def happen(self, happening: Happening) -> None:
         """Moves the state by the table, tells everybody who waits, and publishes the change. An illegal happening raises."""
+        if happening is Happening.HALTED and self.awaited:
+            happening = Happening.AWAITED
         before, self.state = self.state, after(self.state, happening)
         if happening is Happening.RAN or self.state in AT_REST:
             self.disk_error = None
@@ -170,19 +172,23 @@ class Machine:
 
     async def when(self, condition: Callable[[], bool], timeout_s: float) -> bool:
         """Waits until a condition on the machine holds; False when it did not in time."""
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while not condition():
                     await self._changed.wait()
-        except TimeoutError:
-            return condition()
-        return True
+        return condition()
 
     # Who holds it.
 
     @asynccontextmanager
     async def held(self, operation: str, *, instead_of: frozenset[str] = frozenset()) -> AsyncIterator[None]:
         """Keeps other verbs out. Raises Held when one is under way that this one does not replace."""
+        with self.holding(operation, instead_of=instead_of):
+            yield
+
+    @contextmanager
+    def holding(self, operation: str, *, instead_of: frozenset[str] = frozenset()) -> Iterator[None]:
+        """The same for who cannot wait."""
         try:
             with self._hold.taken(operation, instead_of, self.name, str(self.state)):
                 yield
@@ -221,7 +227,7 @@ class Machine:
             HostError: this host could not start a process.
         """
         self.require(AT_REST, "start")
-        self.exit, self.resets, self.asked_to_end, self.status = None, 0, False, None
+        self.exit, self.resets, self.asked_to_end, self.status = None, 0, self.awaited, None
         self.happen(Happening.LAUNCH)
         await self._spawn_task(partial(self._launch, launch))
 

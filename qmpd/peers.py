@@ -8,6 +8,7 @@ from typing import Protocol
 
 from qmpd.access import Caller
 from qmpd.errors import Forbidden, NotFound
+from qmpd.migration.protocol import Acceptance, DiscardRequest, Handover, LoadedRequest, Offer, Standing
 from qmpd.peerviews import PeerCertificate, PeerGreeting, RevocationView
 from qmpd.settings import Peer
 
@@ -70,6 +71,23 @@ class PeerDaemon(Protocol):
 
     async def revoked(self) -> RevocationView:
         """What its authority revoked, as far as it knows."""
+
+    # To move a machine: every question may be repeated, and what has no answer has to be.
+
+    async def offer(self, offer: Offer) -> Acceptance:
+        """Has it get ready for a machine."""
+
+    async def loaded(self, migration: str, request: LoadedRequest) -> Standing:
+        """How far it is, when it has the whole state or the time is over."""
+
+    async def take(self, migration: str, handover: Handover) -> Standing:
+        """Tells it that it owns the machine."""
+
+    async def discard(self, migration: str, request: DiscardRequest) -> Standing:
+        """Tells it that it will never own the machine by this migration."""
+
+    async def standing(self, migration: str) -> Standing:
+        """How far it is."""
 
 
 #: A connection to a peer for as long as the block runs; nothing is sent before the first question. Raises HostError without certificates.

@@ -13,6 +13,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from qmpd.errors import GivenAway
 from qmpd.failpoint import failpoint
 from qmpd.process import Identity
 from qmpd.processviews import AdoptedView
@@ -20,7 +21,9 @@ from qmpd.spec import MachineSpec
 
 RECORD_NAME: Final = "launch.msgpack"
 BEGUN_NAME: Final = "begun"
-FORMAT: Final = 1
+#: 2 since a record may be that of a machine which another host owns (`incoming`): an older daemon must not take it for its own.
+FORMAT: Final = 2
+OLDER_FORMATS: Final = frozenset({1})
 #: Far more than a record with the largest definition; a larger file is not one of ours.
 RECORD_LIMIT: Final = 4 * 1024 * 1024
 
@@ -48,19 +51,40 @@ class Adoption(msgspec.Struct, frozen=True, kw_only=True):
         return AdoptedView(at=self.at, qmp=self.qmp, fixed=self.fixed, unknown=self.unknown)
 
 
+class Given(msgspec.Struct, frozen=True, kw_only=True):
+    """That a machine was given to another host, by which migration, and under which epoch."""
+
+    peer: str
+    migration: str
+    epoch: int
+
+
 class Definition(msgspec.Struct, frozen=True, kw_only=True):
     """A stored definition. `spec` has its UUID, versioned machine type and MAC addresses filled in. `adoption` is set as long as the
-    machine is, or last was, a QEMU that somebody else started."""
+    machine is, or last was, a QEMU that somebody else started.
+
+    Whose definition is stored may run the machine, unless it is `given`: then another host may, and this one must not, whatever else
+    is known. `epoch` counts the changes of owner; `arrived` is the migration by which the machine came here.
+    """
 
     spec: MachineSpec
     uuid: str
     created_at: str
     changed_at: str
     adoption: Adoption | None = None
+    epoch: int = 0
+    given: Given | None = None
+    arrived: str | None = None
+
+    def check_owned(self) -> None:
+        """Raises GivenAway when another host owns the machine: whatever its process here does, it must not run."""
+        if self.given is not None:
+            message = f"machine {self.spec.name!r} was given to {self.given.peer}, which owns it"
+            raise GivenAway(message, peer=self.given.peer, migration=self.given.migration)
 
 
 class LaunchRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One launched QEMU: who it is, and what it was launched as."""
+    """One launched QEMU: who it is, and what it was launched as. `incoming` is the migration whose state it was launched to take in."""
 
     format: int = FORMAT
     identity: Identity
@@ -77,6 +101,7 @@ class LaunchRecord(msgspec.Struct, frozen=True, kw_only=True):
     run_dir: str
     paused: bool = False
     uuid: str | None = None
+    incoming: str | None = None
 
     @property
     def expected_uuid(self) -> str:
@@ -145,7 +170,7 @@ def read_record(directory: str) -> LaunchRecord:
         record = msgspec.msgpack.decode(data, type=LaunchRecord)
     except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if record.format != FORMAT:
+    if record.format not in {FORMAT, *OLDER_FORMATS}:
         raise ValueError(f"{path} has format {record.format}, this daemon knows {FORMAT}")
     return record
 

@@ -149,6 +149,11 @@ class Recovery:
         if machine is None and await asyncio.to_thread(is_forgotten, paths.state):
             _log.warning("the process of a forgotten machine was left alone", extra={"machine": name, "pid": record.identity.pid})
             return
+        if machine is None and record.incoming is not None:
+            _log.error(
+                "the process of a machine that another host owns was left alone", extra={"machine": name, "pid": record.identity.pid}
+            )
+            return
         if machine is not None and machine.definition.uuid != record.definition.uuid:
             _log.error("launch record is that of an earlier machine and was left alone", extra={"machine": name})
             return

@@ -37,8 +37,6 @@ PREFIX: Final = "machine/"
 MIB: Final = 1024 * 1024
 #: What QEMU prints: a debug log (`-d`) has no end, and its last part is what helps.
 STDERR_CAP: Final = MIB
-#: How often the locks of processes are looked at that nobody has a record of.
-STRAY_LOOK_S: Final = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -126,8 +124,7 @@ class Registry:
         key = PREFIX + definition.spec.name
         known = definition.spec.name in self._damaged
         revision = 0 if known else await self._commit(key, 0, msgspec.msgpack.encode(definition))
-        machine = self._add(definition, revision)
-        await self._look_back([machine])
+        await self._look_back([machine := self._add(definition, revision)])
         return machine
 
     async def give_up(self, machine: Machine) -> None:
@@ -187,10 +184,9 @@ class Registry:
         known = self._machines.get(spec.name)
         if known is not None and spec.uuid != known.definition.uuid:
             raise invalid([Problem(path="$.uuid", message=f"must stay {known.definition.uuid}")])
-        taken = {name: uuid for name, uuid in self._being_made.items() if uuid is not None}
-        taken |= {machine.name: machine.definition.uuid for machine in self._machines.values()}
+        taken = self._being_made | {machine.name: machine.definition.uuid for machine in self._machines.values()}
         for name, uuid in taken.items():
-            if uuid == spec.uuid and name != spec.name:
+            if uuid is not None and uuid == spec.uuid and name != spec.name:
                 raise AlreadyExists(f"machine {name!r} has the UUID {uuid} already", machine=name)
         spec = msgspec.structs.replace(spec, uuid=spec.uuid or str(uuid4()), machine=machine_type)
         if spec.name in self._being_made:
@@ -203,8 +199,7 @@ class Registry:
         return await undivided(self._create(spec), f"create:{spec.name}")
 
     async def _create(self, spec: MachineSpec) -> Machine:
-        moment = now()
-        definition = Definition(spec=spec, uuid=spec.uuid or "", created_at=moment, changed_at=moment)
+        definition = Definition(spec=spec, uuid=spec.uuid or "", created_at=(moment := now()), changed_at=moment)
         key = PREFIX + spec.name
         try:
             revision = await self._commit(key, 0, msgspec.msgpack.encode(definition))
@@ -225,7 +220,7 @@ class Registry:
         await undivided(self._replace(machine, spec, revision), f"replace:{machine.name}")
 
     async def _replace(self, machine: Machine, spec: MachineSpec, revision: int) -> None:
-        await self._store_changed(machine, spec, revision)
+        await self._change(machine, spec, revision)
         self._equip(machine)
         await self._look_back([machine])
         self._publish("machine.replaced", machine.name, {"revision": machine.revision})
@@ -237,16 +232,43 @@ class Registry:
             await undivided(self._update(machine, spec, revision), f"update:{machine.name}")
 
     async def _update(self, machine: Machine, spec: MachineSpec, revision: int) -> None:
-        await self._store_changed(machine, spec, revision)
+        await self._change(machine, spec, revision)
         self._publish("machine.updated", machine.name, {"revision": machine.revision})
 
-    async def _store_changed(self, machine: Machine, spec: MachineSpec, revision: int) -> None:
-        definition = msgspec.structs.replace(machine.definition, spec=spec, changed_at=now(), adoption=None)
+    async def _change(self, machine: Machine, spec: MachineSpec, revision: int) -> None:
+        await self.store(machine, msgspec.structs.replace(machine.definition, spec=spec, changed_at=now(), adoption=None), revision)
+
+    async def store(self, machine: Machine, definition: Definition, revision: int) -> None:
+        """Commits a definition in place of the one at `revision` (0: there is none), and nothing else. One that is there already will do.
+
+        Raises:
+            StaleRevision: somebody changed it.
+            Unknown: it may be stored; the same again tells.
+        """
+        key, value = PREFIX + machine.name, msgspec.msgpack.encode(definition)
         try:
-            written = await self._commit(PREFIX + machine.name, revision, msgspec.msgpack.encode(definition))
+            written = await self._commit(key, revision, value)
         except Lost as error:
-            raise StaleRevision(f"machine {machine.name!r} was changed meanwhile", revision=error.actual) from error
+            found = (await self._store.read(key)).records.get(key)
+            if found is None or found.value != value:
+                raise StaleRevision(f"machine {machine.name!r} was changed meanwhile", revision=error.actual) from error
+            written = found.revision
         machine.definition, machine.revision = definition, written
+
+    def expect(self, definition: Definition) -> Machine:
+        """A machine that another host owns, and that may come here: known in memory, and stored nowhere. Its name must be reserved."""
+        machine = self._add(definition, 0)
+        machine.awaited = machine.asked_to_end = True
+        return machine
+
+    async def dismiss(self, machine: Machine) -> None:
+        """Removes a machine at rest that this host does not own, and what was made for it here."""
+        await undivided(self._forget(machine, "machine.dismissed"), f"dismiss:{machine.name}")
+
+    async def depart(self, machine: Machine) -> None:
+        """Removes a machine at rest that another host owns now: its record first, then its files here. Raises as `delete` does."""
+        await self._check_free(machine)
+        await undivided(self._delete(machine, machine.revision, "machine.departed"), f"depart:{machine.name}")
 
     def check_revision(self, machine: Machine, revision: int) -> None:
         """Raises StaleRevision when the definition is not of this revision any more."""
@@ -272,7 +294,7 @@ class Registry:
         if await asyncio.to_thread(is_taken, self.paths(machine.name).state):
             raise Held(f"a QEMU of machine {machine.name!r} is alive", holder="a running QEMU", state=str(machine.state))
 
-    async def _delete(self, machine: Machine, revision: int) -> None:
+    async def _delete(self, machine: Machine, revision: int, event: str = "machine.deleted") -> None:
         own = self.paths(machine.name).state
         try:
             await asyncio.to_thread(mark_unfinished, own)
@@ -289,13 +311,13 @@ class Registry:
                 if isinstance(error, Lost):
                     raise StaleRevision(f"machine {machine.name!r} was changed meanwhile", revision=error.actual) from error
                 raise
-        await self._forget(machine)
+        await self._forget(machine, event)
 
-    async def _forget(self, machine: Machine) -> None:
+    async def _forget(self, machine: Machine, event: str) -> None:
         """Follows the record that is gone: memory, and then files."""
         del self._machines[machine.name]
         machine.asked_to_end = True  # nobody shall start it again
-        self._publish("machine.deleted", machine.name, {"uuid": machine.definition.uuid})
+        self._publish(event, machine.name, {"uuid": machine.definition.uuid})
         async with self.reserved(machine.name):  # a new machine of this name must not lose its files to the old one
             paths = self.paths(machine.name)
             try:

@@ -16,7 +16,6 @@ from qmpd.bus import Bus
 from qmpd.console import Console, port_of
 from qmpd.errors import NotYet, Problem, RevisionRequired, invalid
 from qmpd.expecting import expect
-from qmpd.facts import World
 from qmpd.hostshutdown import HostShutdown
 from qmpd.inventory import Inventory
 from qmpd.jobs import Jobs
@@ -24,12 +23,13 @@ from qmpd.journal import Journal
 from qmpd.launching import Launch
 from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine, now
+from qmpd.migration.verbs import Migration
 from qmpd.peering import Peering
-from qmpd.plan import plan, resolve
+from qmpd.planning import Planning
 from qmpd.registry import Registry
 from qmpd.rescue import Rescue
 from qmpd.settings import Settings
-from qmpd.spec import Limits, MachineChanges, MachineSpec, changed
+from qmpd.spec import MachineChanges, MachineSpec, changed
 from qmpd.storage import clear_unfinished, make, make_place, mark_finished, mark_unfinished, settle
 from qmpd.store import Unknown
 from qmpd.takeover import startable
@@ -78,17 +78,21 @@ class Service:
         upkeep: Upkeep,
         tokens: Tokens,
         peering: Peering,
+        migration: Migration,
+        planning: Planning,
     ) -> None:
         self.bus = bus
         #: Set when the API is offered.
         self.serving = asyncio.Event()
         self.tokens = tokens
         self.peering = peering
+        self.migration = migration
         self.authority = Authority(settings.pki_dir, peering)
         self.upkeep = upkeep
         self._settings = settings
         self._registry = registry
         self._worlds = worlds
+        self._planning = planning
         self._inventory = inventory
         self.journal = journal
         self._jobs = jobs
@@ -129,7 +133,7 @@ class Service:
 
     async def command(self, spec: MachineSpec) -> CommandView:
         """The QEMU command of a definition. Raises Invalid with all problems."""
-        launch = await self._launch(spec)
+        launch = await self._planning.launch(spec)
         made = launch.plan
         argv = (made.binary, *(word for option in made.options_by_hand() for word in option.words()))
         return CommandView(
@@ -145,7 +149,7 @@ class Service:
         if paused and not start:
             raise invalid([Problem(path="?paused", message="needs start=true")])
         async with self._registry.reserved(spec.name):
-            complete, made = await self._completed(spec)
+            complete, made = await self._planning.completed(spec)
             state_dir = self._registry.paths(spec.name).state
             await asyncio.to_thread(make_place, state_dir)
             try:
@@ -175,7 +179,7 @@ class Service:
             changed = disk_changes(kept.spec, spec)
             if changed:
                 raise invalid(changed)
-            complete, made = await self._completed(msgspec.structs.replace(spec, uuid=spec.uuid or kept.uuid))
+            complete, made = await self._planning.completed(msgspec.structs.replace(spec, uuid=spec.uuid or kept.uuid))
             kept_disks = self._registry.disks_made(kept.spec)
             new = tuple(image for image in made.plan.blank_images if image.path not in kept_disks)
             state_dir = self._registry.paths(name).state
@@ -335,39 +339,15 @@ class Service:
 
     # How it is done.
 
-    async def _launch(self, spec: MachineSpec) -> Launch:
-        named, world = await self._worlds.of(spec, self._registry.paths(spec.name))
-        return self._planned(spec, named, world)
-
-    def _planned(self, spec: MachineSpec, named: NamedBoard, world: World) -> Launch:
-        found = problems(spec, named, world)
-        if found:
-            raise invalid(found)
-        return Launch(
-            plan=plan(spec, named, world),
-            run_dir=world.paths.run,
-            state_dir=world.paths.state,
-            log_cap_bytes=self._registry.log_cap_bytes,
-            stderr_path=self._registry.stderr_path(spec.name),
-            machine=resolve(spec, named, world).machine,
-            emulator_version=world.emulator.version,
-            confiner=None if spec.limits == Limits() else self._worlds.confiner,
-        )
-
     async def _start(self, machine: Machine, launch: Launch | None, *, paused: bool) -> None:
         async with machine.held("start"):
             machine.require(AT_REST, "start")
+            machine.definition.check_owned()
             self.host.refuse()
-            launch = launch or await self._launch(startable(machine.definition))
+            launch = launch or await self._planning.launch(startable(machine.definition))
             async with self._starting:
                 self.host.refuse()
                 await machine.start(msgspec.structs.replace(launch, paused=paused))
-
-    async def _completed(self, spec: MachineSpec) -> tuple[MachineSpec, Launch]:
-        """A definition with everything filled in, and how it would be launched, in one and the same world."""
-        named, world = await self._worlds.of(spec, self._registry.paths(spec.name))
-        complete = self._registry.complete(spec, self._planned(spec, named, world).machine)
-        return complete, self._planned(complete, named, world)
 
     async def _held(self, name: str, verb: str) -> MachineView:
         machine = self._registry.get(name)

@@ -52,6 +52,7 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         "CREATE TABLE answer (number INTEGER PRIMARY KEY, key TEXT UNIQUE, fingerprint TEXT, response BLOB, expires INTEGER) STRICT",
         "CREATE INDEX answer_by_expiry ON answer (expires)",
     ),
+    ("CREATE TABLE migration (number INTEGER PRIMARY KEY, id TEXT UNIQUE, settled INTEGER NOT NULL, entry BLOB NOT NULL) STRICT",),
 )
 
 

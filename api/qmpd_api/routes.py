@@ -9,14 +9,16 @@ from typing import Any, Final, Generic, Literal, TypeVar
 from aiohttp import web
 
 from qmpd import errors as e
+from qmpd import migrationviews as mv
 from qmpd import peerviews as pv
 from qmpd import processviews as p
 from qmpd import views as v
 from qmpd.access import Right
 from qmpd.board import NamedBoard
 from qmpd.errors import QmpdError
+from qmpd.migration import protocol as mp
 from qmpd.spec import MachineChanges, MachineSpec
-from qmpd_api import downloads, handlers, streams, trust_handlers
+from qmpd_api import downloads, handlers, migration_handlers, streams, trust_handlers
 from qmpd_api.exchange import Call
 from qmpd_api.handlers import Nothing
 from qmpd_api.limits import KIB
@@ -202,6 +204,27 @@ ROUTES: Final[tuple[Route[Any, Any], ...]] = (
           query=Query, handler=trust_handlers.peer_health, answer=pv.PeerHealth, errors=(e.NotFound,), pool="waits"),
     Route(method="GET", path="/v1/peer", summary="What this daemon says to a peer that asks", right="peer", query=Query,
           handler=trust_handlers.greeting, answer=pv.PeerGreeting),
+    Route(method="POST", path=f"{_AT}/migrate", summary="Move a machine to a peer, as a job", right="admin", query=Query,
+          handler=migration_handlers.migrate, body=mv.MigrateRequest, answer=v.JobView, status=202,
+          errors=(e.NotFound, e.Forbidden, e.WrongState, e.GivenAway), pool="changes"),
+    Route(method="GET", path="/v1/migrations", summary="The migrations to and from this host, newest first", right="read",
+          query=JobsQuery, handler=migration_handlers.migrations, answer=mv.MigrationList),
+    Route(method="POST", path=f"{_AT}/migration/resolve", summary="Decide about a machine of which no host can find out who owns it",
+          right="admin", query=Query, handler=migration_handlers.resolve_migration, body=mv.ResolveRequest, answer=mv.MigrationView,
+          errors=(e.NotFound, e.WrongState, e.Invalid), pool="changes"),
+    Route(method="POST", path="/v1/peer/migrations", summary="Get ready for a machine of a peer", right="peer", query=Query,
+          handler=migration_handlers.offer, body=mp.Offer, answer=mp.Acceptance, status=201,
+          errors=(e.Busy, e.CannotMove, e.AlreadyExists, e.Held, e.Forbidden, e.MigrationFailed, *_START), pool="changes"),
+    Route(method="GET", path="/v1/peer/migrations/{id}", summary="How far this host is with a migration", right="peer", query=Query,
+          handler=migration_handlers.standing, answer=mp.Standing, errors=(e.NotFound,)),
+    Route(method="POST", path="/v1/peer/migrations/{id}/loaded", summary="Wait until a machine's whole state is here", right="peer",
+          query=Query, handler=migration_handlers.loaded, body=mp.LoadedRequest, answer=mp.Standing, errors=(e.NotFound,), pool="waits"),
+    Route(method="POST", path="/v1/peer/migrations/{id}/take", summary="Take over a machine that the peer has given away", right="peer",
+          query=Query, handler=migration_handlers.take, body=mp.Handover, answer=mp.Standing,
+          errors=(e.NotFound, e.WrongState, e.Forbidden, e.QemuSilent, e.NoSpace), pool="changes"),
+    Route(method="POST", path="/v1/peer/migrations/{id}/discard", summary="Discard a machine that the peer keeps", right="peer",
+          query=Query, handler=migration_handlers.discard, body=mp.DiscardRequest, answer=mp.Standing,
+          errors=(e.NotFound, e.NoSpace), pool="changes"),
     Route(method="POST", path="/v1/pki/join", summary="Get a certificate, once, with the token of an invitation", right="join", query=Query,
           handler=trust_handlers.join, body=pv.JoinRequest, answer=pv.JoinAnswer, errors=(e.NotFound, e.Invalid, e.HostError),
           pool="joins", body_bytes=JOIN_BYTES, kept=False),

@@ -56,6 +56,7 @@ STATUSES: Final[dict[type[QmpdError], int]] = {
     errors.QemuError: 502,
     errors.MonitorUnavailable: 503,
     errors.HostError: 503,
+    errors.PeerUnavailable: 503,
     errors.QemuSilent: 504,
     errors.PeerError: 502,
     errors.PeerSilent: 504,

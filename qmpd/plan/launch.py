@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import msgspec
+
 from qmpd.argv import Option, escape, lines
 from qmpd.facts import Facts
 
@@ -66,6 +68,10 @@ class LaunchPlan(Facts, frozen=True, kw_only=True):
     directories: tuple[str, ...]
     copies: tuple[Copy, ...] = ()
     blank_images: tuple[BlankImage, ...] = ()
+
+    def awaiting(self) -> LaunchPlan:
+        """The same machine, waiting for the state that a migration will bring."""
+        return msgspec.structs.replace(self, options=(*self.options, Option("incoming", "defer")))
 
     def listeners(self) -> dict[str, str]:
         """The sockets to bind, by id, and their paths."""

@@ -33,7 +33,7 @@ FURTHER = {
     "record-remove": (2,),
 }
 #: These are passed when a machine comes from another host, and killed at in tests/migration.
-ELSEWHERE = "migration-"
+ELSEWHERE = ("migration-", "ownership-", "peer-")
 #: What hangs for ever, and what is answered meanwhile: without its database the daemon still knows its machines.
 MEMORY = ("/machines", "/version")
 HANGS = {

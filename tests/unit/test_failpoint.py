@@ -17,6 +17,7 @@ import pytest
 from qmpd import failpoint as failpoints
 from qmpd.__main__ import EX_CONFIG, main
 from qmpd.failpoint import CATALOGUE, VARIABLE, arm, failpoint, passing
+from qmpd.migration.phases import Phase
 
 ROOT = Path(__file__).parents[2]
 #: A process ends in well under a second; only a hang may fail.
@@ -36,7 +37,9 @@ def places() -> list[str]:
 
 
 def test_every_failpoint_is_at_one_place_and_every_place_has_one() -> None:
-    assert sorted(places()) == sorted(CATALOGUE)
+    # The ledger of migrations has two for each phase, at two places; tests/migration stops at every one of them.
+    of_phases = {f"migration-{phase}{written}" for phase in Phase for written in ("", "-written")}
+    assert sorted(places()) == sorted(CATALOGUE.keys() - of_phases)
 
 
 def test_every_failpoint_is_explained() -> None:

@@ -1,0 +1,49 @@
+"""What the routes about migrations do: those of people, and those of peers."""
+
+from __future__ import annotations
+
+from qmpd.migration.protocol import Acceptance, DiscardRequest, Handover, LoadedRequest, Offer, Standing
+from qmpd.migrationviews import MigrateRequest, MigrationList, MigrationView, ResolveRequest
+from qmpd.views import JobView
+from qmpd_api.exchange import Call
+from qmpd_api.queries import JobsQuery, Query
+
+
+async def migrate(call: Call[MigrateRequest, Query]) -> JobView:
+    """Move a machine."""
+    return await call.service.migration.migrate(call.name, call.body)
+
+
+async def migrations(call: Call[None, JobsQuery]) -> MigrationList:
+    """The migrations of this host."""
+    return call.service.migration.list(call.query.machine)
+
+
+async def resolve_migration(call: Call[ResolveRequest, Query]) -> MigrationView:
+    """Decide what nobody can find out."""
+    return await call.service.migration.resolve(call.name, call.body)
+
+
+async def offer(call: Call[Offer, Query]) -> Acceptance:
+    """Get ready for a peer's machine."""
+    return await call.service.migration.offer(call.caller, call.body)
+
+
+async def loaded(call: Call[LoadedRequest, Query]) -> Standing:
+    """Wait until it is here as a whole."""
+    return await call.service.migration.loaded(call.caller, call.id, call.body)
+
+
+async def take(call: Call[Handover, Query]) -> Standing:
+    """It was given to this host."""
+    return await call.service.migration.take(call.caller, call.id, call.body)
+
+
+async def discard(call: Call[DiscardRequest, Query]) -> Standing:
+    """It will not be given to this host."""
+    return await call.service.migration.discard(call.caller, call.id, call.body)
+
+
+async def standing(call: Call[None, Query]) -> Standing:
+    """How far this host is."""
+    return call.service.migration.standing(call.caller, call.id)

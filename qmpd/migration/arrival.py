@@ -1,0 +1,198 @@
+"""How it ends with a machine that may come here: this host takes it, or discards it. Each once and for all, and written down first."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import ExitStack
+from typing import Final
+
+import msgspec
+
+from qmpd import power
+from qmpd.errors import Busy, Forbidden, MonitorUnavailable, QemuSilent, QmpdError, WrongState
+from qmpd.failpoint import passing
+from qmpd.lifecycle import AT_REST, State
+from qmpd.machine import Machine, Publish
+from qmpd.migration.ledger import Ledger
+from qmpd.migration.phases import UNOWNED, Phase, Step
+from qmpd.migration.protocol import Acceptance, Handover
+from qmpd.migration.reception import Reception, remove_made
+from qmpd.record import mark_begun, write_record
+from qmpd.registry import Registry
+from qmpd.storage import mark_finished
+from qmpd.tasks import Tasks
+
+#: A QEMU that has the whole state and does not answer may be busy for a moment; after this the source is told to ask again.
+ANSWER_S: Final = 10.0
+#: What could not be done is tried again this often.
+AGAIN_S: Final = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+class Arrival:
+    """One machine that may come here, held by its migration. `problem` says what keeps it from going on; `changed` is set and replaced
+    whenever it got further."""
+
+    def __init__(self, migration: str, peer: str, machine: Machine) -> None:
+        self.migration = migration
+        self.peer = peer
+        self.machine = machine
+        self.acceptance: Acceptance | None = None
+        self.problem = ""
+        self.lock = asyncio.Lock()
+        self.changed = asyncio.Event()
+        self._held = ExitStack()
+        self._held.enter_context(machine.holding("migrate"))
+
+    def release(self) -> None:
+        """Lets others at the machine."""
+        self._held.close()
+
+    def tell(self) -> None:
+        """Wakes everybody who waits for it."""
+        changed, self.changed = self.changed, asyncio.Event()
+        changed.set()
+
+
+class Endings:
+    """Takes and discards. `arrivals` are those of `Arrivals`, by migration."""
+
+    def __init__(
+        self,
+        *,
+        registry: Registry,
+        ledger: Ledger,
+        reception: Reception,
+        tasks: Tasks,
+        publish: Publish,
+        arrivals: dict[str, Arrival],
+    ) -> None:
+        self._registry = registry
+        self._ledger = ledger
+        self._reception = reception
+        self._tasks = tasks
+        self._publish = publish
+        self._arrivals = arrivals
+
+    async def take(self, arrival: Arrival, handover: Handover) -> None:
+        """Makes a machine this host's own, because its owner has given it, and lets it go on. May be repeated.
+
+        Raises:
+            WrongState, Forbidden: it cannot have been given, or not like this.
+            QemuSilent, NoSpace, Unknown: not done yet.
+        """
+        async with arrival.lock:
+            entry = self._ledger.get(arrival.migration)
+            if entry.phase is Phase.AWAITING:
+                raise WrongState("the machine's state is not here yet", state=str(entry.phase), allowed=["loaded"])
+            if entry.phase is Phase.LOADED:
+                if handover.epoch != entry.epoch:
+                    raise Forbidden(f"the machine was offered under epoch {entry.epoch}, not {handover.epoch}")
+                if not await self._ready_to_run(arrival):
+                    return
+                await self._reception.unpack(arrival.machine, handover)
+                await self._own(arrival, went=handover.run)
+            if self._ledger.get(arrival.migration).phase is Phase.TAKEN:
+                await self.set_going(arrival)
+
+    async def _ready_to_run(self, arrival: Arrival) -> bool:
+        """Whether QEMU is there and answers. One that has ended is discarded, so that the source can go on with what it still has."""
+        machine = arrival.machine
+        await machine.until(AT_REST | {State.INCOMING}, ANSWER_S)
+        if machine.state in AT_REST:
+            await self._discard_locked(arrival, last_words(machine))
+            return False
+        if machine.state is not State.INCOMING:
+            raise QemuSilent(f"the destination's QEMU is {machine.state}: ask again", state=str(machine.state))
+        return True
+
+    async def _own(self, arrival: Arrival, *, went: bool) -> None:
+        """The commit by which this host becomes the owner. The note of it shares the transaction wherever it can."""
+        machine = arrival.machine
+        await passing("ownership-take")
+        stored = self._registry.store(machine, machine.definition, machine.revision)
+        noted = self._ledger.step(arrival.migration, Step.TAKE, went=went)
+        owned, written = await asyncio.gather(stored, noted, return_exceptions=True)
+        for failure in (owned, written):
+            if isinstance(failure, BaseException):
+                raise failure
+        await passing("ownership-taken")
+
+    async def set_going(self, arrival: Arrival) -> None:
+        """Lets an owned machine go on, and does what has to follow. What fails here is said, and the machine is here all the same."""
+        machine, entry = arrival.machine, self._ledger.get(arrival.migration)
+        machine.awaited = machine.asked_to_end = False
+        while machine.state not in AT_REST:
+            try:
+                await self._reception.go(machine, run=entry.went)
+            except (Busy, MonitorUnavailable, QemuSilent) as error:  # it answers again, or ends
+                arrival.problem = f"it is here, and cannot be set going yet: {error.message}"
+                await machine.until(AT_REST, AGAIN_S)
+            except QmpdError as error:
+                arrival.problem = f"it is here, and could not be set going: {error.message}"
+                _log.error("machine was taken over and does not run", extra={"machine": machine.name, "error": error.message})
+                break
+            else:
+                arrival.problem = ""
+                break
+        await asyncio.to_thread(self._note_owned, machine)
+        await self._ledger.step(entry.id, Step.RUN, reason=arrival.problem)
+        await self.end(arrival)
+        self._publish("machine.arrived", machine.name, {"migration": entry.id, "peer": entry.peer, "problem": arrival.problem})
+        before = entry.before.dials if entry.before is not None else None
+        self._tasks.start(self._reception.settle_in(machine, before), f"settle-in:{machine.name}")
+
+    def _note_owned(self, machine: Machine) -> None:
+        mark_finished(self._registry.paths(machine.name).state)
+        if machine.launch is not None:
+            mark_begun(machine.launch.run_dir)
+            owned = msgspec.structs.replace(machine.launch, incoming=None, definition=machine.definition)
+            try:
+                write_record(owned.run_dir, owned)
+            except OSError as error:
+                _log.warning("launch record was not written anew", extra={"machine": machine.name, "error": str(error)})
+                return
+            machine.launch = owned
+
+    async def discard(self, arrival: Arrival, reason: str) -> None:
+        """Discards a machine that is not this host's own, with all that was made for it here. May be repeated."""
+        async with arrival.lock:
+            await self._discard_locked(arrival, reason)
+
+    async def _discard_locked(self, arrival: Arrival, reason: str) -> None:
+        entry = self._ledger.get(arrival.migration)
+        if entry.phase in UNOWNED:
+            entry = await self._ledger.step(entry.id, Step.DISCARD, reason=reason)
+            self._publish("migration.discarded", entry.machine, {"migration": entry.id, "peer": entry.peer, "reason": reason})
+        if entry.phase is Phase.DISCARDED and not entry.settled:
+            arrival.tell()
+            await self._remove(arrival)
+            await self.end(arrival)
+
+    async def _remove(self, arrival: Arrival) -> None:
+        """Ends QEMU and removes all that was made here."""
+        machine = arrival.machine
+        while machine.alive:
+            try:
+                await power.kill(machine)
+            except QmpdError as error:
+                _log.error("what came of a migration cannot be ended yet", extra={"machine": machine.name, "error": error.message})
+                await machine.until(AT_REST, AGAIN_S)
+        await asyncio.to_thread(remove_made, self._ledger.get(arrival.migration).made)
+        if self._registry.known(machine.name) is machine:
+            await self._registry.dismiss(machine)
+
+    async def end(self, arrival: Arrival) -> None:
+        """Nothing is left to be done: lets others at the machine."""
+        await self._ledger.settle(arrival.migration)
+        self._arrivals.pop(arrival.migration, None)
+        arrival.release()
+        arrival.tell()
+
+
+def last_words(machine: Machine) -> str:
+    """Why its QEMU ended, as well as that is known."""
+    tail = machine.exit.stderr_tail.strip() if machine.exit is not None else ""
+    return f"the destination's QEMU ended: {tail.splitlines()[-1]}" if tail else "the destination's QEMU ended"

@@ -1,0 +1,182 @@
+"""What follows when a machine was given away: its new owner is told, until it is known that it has the machine, or will never run it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from typing import Final, TypeVar
+
+import msgspec
+
+from qmpd import power
+from qmpd.errors import MigrationFailed, NoSpace, PeerError, QmpdError
+from qmpd.failpoint import passing
+from qmpd.machine import Machine, Publish
+from qmpd.migration.ledger import Entry, Ledger
+from qmpd.migration.phases import Phase, Step
+from qmpd.migration.protocol import Handover
+from qmpd.migration.shipping import Shipping
+from qmpd.peers import PeerDaemon
+from qmpd.registry import Registry
+from qmpd.store import Unknown
+from qmpd.tasks import undivided
+
+#: A peer that does not answer is asked again after this, and then less and less often.
+AGAIN_S: Final = 0.5
+LONGEST_AGAIN_S: Final = 10.0
+#: What is not certain, or cannot be done yet, is tried again this often: nothing else may be done with the machine before.
+DOUBT_S: Final = 1.0
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+
+class Departure:
+    """One machine on its way, held by its migration. `problem` says why it cannot go on at the moment."""
+
+    def __init__(self, migration: str, machine: Machine) -> None:
+        self.migration = migration
+        self.machine = machine
+        self.problem = ""
+        #: The commit that gives it away was begun: only that commit's outcome says who owns the machine.
+        self.giving = False
+        self.decided = asyncio.Event()
+        self._held = ExitStack()
+
+    def hold(self) -> None:
+        """Keeps other verbs out. Raises Held."""
+        self._held.enter_context(self.machine.holding("migrate"))
+
+    def release(self) -> None:
+        """Lets others at it."""
+        self._held.close()
+
+
+class Deliveries:
+    """Carries out what was decided with the commit that gives a machine away. `departures` are those of `Departures`, by migration."""
+
+    def __init__(
+        self, *, registry: Registry, ledger: Ledger, shipping: Shipping, publish: Publish, departures: dict[str, Departure]
+    ) -> None:
+        self._registry = registry
+        self._ledger = ledger
+        self._shipping = shipping
+        self._publish = publish
+        self._departures = departures
+        #: The daemon ends: what cannot be done now is left to the next one.
+        self.closing = False
+
+    def handover(self, entry: Entry) -> Handover:
+        """What the new owner is told."""
+        return Handover(epoch=entry.epoch, run=entry.went)
+
+    async def deliver(self, departure: Departure, link: PeerDaemon) -> None:
+        """Tells the destination that it is the owner, for as long as that takes.
+
+        Raises:
+            MigrationFailed: the destination had discarded it before, and it is here again.
+        """
+        entry = self._ledger.get(departure.migration)
+        pause = AGAIN_S
+        while not departure.decided.is_set():
+            try:
+                found = await asked(lambda: link.take(entry.id, self.handover(entry)))
+            except PeerError as error:
+                self._doubted(departure, error)
+                pause = await _waited(departure.decided, pause)
+                continue
+            if found.phase is Phase.DISCARDED:
+                await undivided(self.take_back(departure, found.reason), f"take-back:{entry.machine}")
+                raise MigrationFailed(f"the destination lost the machine before it ran there, and it goes on here: {found.reason}")
+            if found.phase in {Phase.TAKEN, Phase.ARRIVED}:
+                await self._ledger.step(entry.id, Step.CONFIRM, reason=found.reason)
+                await undivided(self.clear(departure), f"clear:{entry.machine}")
+                return
+            self._doubted(departure, MigrationFailed(f"the destination says that it is {found.phase}"))
+            pause = await _waited(departure.decided, pause)
+        raise MigrationFailed("an operator decided that the machine stays here")
+
+    def _doubted(self, departure: Departure, error: QmpdError) -> None:
+        entry = self._ledger.get(departure.migration)
+        problem = f"whether {entry.peer} has taken the machine is not known: {error.message}"
+        if problem != departure.problem:
+            departure.problem = problem
+            _log.error("ownership in doubt", extra={"machine": entry.machine, "peer": entry.peer, "error": error.message})
+            self._publish("migration.doubt", entry.machine, {"migration": entry.id, "peer": entry.peer, "reason": problem})
+
+    async def take_back(self, departure: Departure, reason: str) -> None:
+        """Takes a machine back that its destination will never run."""
+        machine, entry = departure.machine, self._ledger.get(departure.migration)
+        own = msgspec.structs.replace(machine.definition, given=None, epoch=entry.epoch + 1)
+        while machine.definition.given is not None:
+            try:
+                await passing("ownership-return")
+                await self._registry.store(machine, own, machine.revision)
+            except (Unknown, NoSpace) as error:
+                departure.problem = f"it is to be taken back, and that cannot be written down yet: {error.message}"
+                if self.closing:
+                    return
+                await asyncio.sleep(DOUBT_S)
+        while True:
+            try:
+                if self._ledger.get(entry.id).phase is Phase.GIVEN:
+                    await self._ledger.step(entry.id, Step.RETURNED, reason=reason)
+                await self._shipping.recall(machine, entry)
+                break
+            except QmpdError as error:
+                departure.problem = f"it is here again, and is not as it was yet: {error.message}"
+                _log.error("machine is not as before its migration", extra={"machine": machine.name, "error": error.message})
+                if self.closing:
+                    return
+            await asyncio.sleep(DOUBT_S)
+        await self._ledger.settle(entry.id)
+        self._departures.pop(entry.id, None)
+        departure.release()
+        self._publish("migration.returned", machine.name, {"migration": entry.id, "peer": entry.peer, "reason": reason})
+
+    async def clear(self, departure: Departure) -> None:
+        """Removes what is left here of a machine that another host owns and has."""
+        machine, entry = departure.machine, self._ledger.get(departure.migration)
+        while True:
+            try:
+                await power.kill(machine)
+                await self._registry.depart(machine)
+                break
+            except QmpdError as error:
+                departure.problem = f"it has arrived, and what is left of it here cannot be removed yet: {error.message}"
+                _log.error("rest of a machine that moved is not removed", extra={"machine": machine.name, "error": error.message})
+                if self._registry.known(machine.name) is not machine:
+                    break  # only files are left, of which the log tells
+                if self.closing:
+                    return
+            await asyncio.sleep(DOUBT_S)
+        await self._ledger.settle(entry.id)
+        self._departures.pop(entry.id, None)
+        departure.release()
+        self._publish("migration.moved", machine.name, {"migration": entry.id, "peer": entry.peer})
+
+
+async def asked(question: Callable[[], Awaitable[T]]) -> T:
+    """The answer of a peer to a question. Raises PeerError."""
+    await passing("peer-ask")
+    answer = await question()
+    await passing("peer-answered")
+    return answer
+
+
+async def _waited(decided: asyncio.Event, pause: float) -> float:
+    try:
+        async with asyncio.timeout(pause):
+            await decided.wait()
+    except TimeoutError:
+        pass
+    return min(2 * pause, LONGEST_AGAIN_S)
+
+
+def code_of(error: PeerError) -> str:
+    """The code of the error that the peer answered with."""
+    said = error.details.get("error")
+    return str(said.get("code")) if isinstance(said, dict) else error.code

@@ -1,0 +1,355 @@
+"""The destination's part: machines that may come here, from the offer until they are this host's own, or are discarded.
+
+Until it has committed *take*, this host runs nothing of what it received: the QEMU is halted, and the machine known in memory only. It
+takes when the source says that it has given, or when it asks and the source's own record says so. It may discard at any time before,
+and does so by itself when the source keeps the machine, when its own QEMU ends, and when nothing ever came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Final
+
+import msgspec
+
+from qmpd.errors import (
+    Busy,
+    CannotMove,
+    MigrationFailed,
+    MonitorUnavailable,
+    NotFound,
+    PeerError,
+    PeerRefused,
+    QmpdError,
+    WrongState,
+)
+from qmpd.journal import timestamp, utc_now
+from qmpd.lifecycle import AT_REST, State
+from qmpd.machine import Machine, Publish
+from qmpd.migration.arrival import AGAIN_S, ANSWER_S, Arrival, Endings, last_words
+from qmpd.migration.ledger import Entry, Ledger
+from qmpd.migration.phases import FIRST, UNOWNED, Phase, Step
+from qmpd.migration.protocol import VERSION, Acceptance, Handover, Offer, Standing
+from qmpd.migration.reception import Planner, Ready, Reception, remove_made
+from qmpd.peering import Peering
+from qmpd.record import Definition
+from qmpd.registry import Registry
+from qmpd.settings import Peer
+from qmpd.storage import clear_unfinished, make, make_place
+from qmpd.tasks import Tasks, undivided
+
+#: The source is asked this often how it decided, once it should have said so by itself.
+ASK_S: Final = 5.0
+#: An offer after which nothing came and whose source does not answer any more is given up: it holds memory, ports and a name.
+ABANDON_S: Final = 180.0
+#: After a restart of the daemon every QEMU that answers has been taken over by then.
+FOUND_S: Final = 60.0
+_FOUND: Final = AT_REST | {State.RUNNING, State.PAUSED, State.INCOMING}
+
+_log = logging.getLogger(__name__)
+
+
+class Arrivals:
+    """All machines that may come here. Every verb of a peer may be repeated."""
+
+    def __init__(
+        self,
+        *,
+        registry: Registry,
+        ledger: Ledger,
+        planner: Planner,
+        reception: Reception,
+        peering: Peering,
+        tasks: Tasks,
+        publish: Publish,
+    ) -> None:
+        self._registry = registry
+        self._ledger = ledger
+        self._planner = planner
+        self._reception = reception
+        self._peering = peering
+        self._tasks = tasks
+        self._publish = publish
+        self._arrivals: dict[str, Arrival] = {}
+        self._endings = Endings(
+            registry=registry, ledger=ledger, reception=reception, tasks=tasks, publish=publish, arrivals=self._arrivals
+        )
+        #: Offers for which a QEMU is being started.
+        self._preparing: set[str] = set()
+
+    # What a peer asks for.
+
+    async def offer(self, peer: Peer, offer: Offer) -> Acceptance:
+        """Gets ready for a machine: its QEMU waits when this returns. A repeated offer gets the same answer.
+
+        Raises:
+            Busy: the same offer is being looked at.
+            CannotMove: this host cannot take it, or has discarded it before.
+            Invalid: all that is wrong with the definition here.
+            AlreadyExists, Held: its name or UUID is taken.
+            LaunchFailed: QEMU did not take it.
+        """
+        known = self._arrivals.get(offer.id)
+        if known is not None and known.peer == peer.name and known.acceptance is not None:
+            return known.acceptance
+        if offer.id in self._preparing:
+            raise Busy("the same offer is being looked at")
+        self._check(offer)
+        self._preparing.add(offer.id)
+        try:
+            return await undivided(self._prepare(peer, offer), f"arrive:{offer.spec.name}")
+        finally:
+            self._preparing.discard(offer.id)
+
+    async def loaded(self, peer: str, migration: str, timeout_s: float) -> Standing:
+        """How far it is, as soon as the whole state is here or the time is over."""
+        entry = self._entry(peer, migration)
+        arrival = self._arrivals.get(migration)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while arrival is not None and self._ledger.get(entry.id).phase is Phase.AWAITING:
+                    await arrival.changed.wait()
+        return self.standing(self._ledger.get(entry.id))
+
+    async def take(self, peer: str, migration: str, handover: Handover) -> Standing:
+        """The source has given: makes the machine this host's own and lets it go on.
+
+        Raises:
+            WrongState: its state is not here yet, which no source that has given can say.
+            QemuSilent, NoSpace, Unknown: not done; the same may be asked again.
+        """
+        entry = self._entry(peer, migration)
+        arrival = self._arrivals.get(migration)
+        if arrival is not None:
+            await undivided(self._endings.take(arrival, handover), f"take:{entry.machine}")
+        return self.standing(self._ledger.get(migration))
+
+    async def discard(self, peer: str, migration: str, reason: str) -> Standing:
+        """The source keeps the machine: removes what is here of it, unless it is this host's own already."""
+        self._entry(peer, migration)
+        arrival = self._arrivals.get(migration)
+        if arrival is not None:
+            await undivided(self._endings.discard(arrival, reason or "the source keeps the machine"), f"discard:{arrival.machine.name}")
+        return self.standing(self._ledger.get(migration))
+
+    def standing(self, entry: Entry) -> Standing:
+        """How far this side is."""
+        arrival = self._arrivals.get(entry.id)
+        return Standing(
+            id=entry.id,
+            machine=entry.machine,
+            role=entry.role,
+            phase=entry.phase,
+            epoch=entry.epoch,
+            reason=entry.reason,
+            problem=arrival.problem if arrival is not None else "",
+        )
+
+    # What an operator decides who knows what became of the source.
+
+    async def resolve(self, machine: Machine, *, take: bool) -> None:
+        """Takes or discards a machine whose source does not say what became of it.
+
+        Raises:
+            WrongState: it is not in doubt.
+        """
+        arrival = next((one for one in self._arrivals.values() if one.machine is machine), None)
+        entry = self._ledger.get(arrival.migration) if arrival is not None else None
+        if arrival is None or entry is None or entry.phase not in UNOWNED or (take and entry.phase is not Phase.LOADED):
+            state = str(entry.phase if entry is not None else machine.state)
+            raise WrongState(
+                f"there is nothing to decide about machine {machine.name!r} here: it is {state}", state=state, allowed=["loaded"]
+            )
+        if take:
+            await undivided(self._endings.take(arrival, Handover(epoch=entry.epoch, run=entry.went)), f"take:{machine.name}")
+        else:
+            await undivided(self._endings.discard(arrival, "an operator decided so"), f"discard:{machine.name}")
+
+    # After a restart of the daemon.
+
+    def restore(self) -> None:
+        """Before processes are taken over: makes the machines known that an earlier daemon was receiving, under their names."""
+        for entry in self._ledger.unsettled("destination"):
+            machine = self._registry.known(entry.machine)
+            if machine is not None and machine.definition.arrived != entry.id:
+                _log.error("a migration is about another machine of this name and was left alone", extra={"migration": entry.id})
+                continue
+            self._arrivals[entry.id] = Arrival(entry.id, entry.peer, machine or self._registry.expect(_definition(entry)))
+
+    def go_on(self) -> None:
+        """After processes were taken over: goes on with each where it stood."""
+        for arrival in list(self._arrivals.values()):
+            self._tasks.start(self._go_on(arrival), f"arrival:{arrival.machine.name}")
+
+    async def _go_on(self, arrival: Arrival) -> None:
+        entry = self._ledger.get(arrival.migration)
+        if arrival.machine.revision and entry.phase is Phase.LOADED:  # it was committed, and the note of it was not
+            entry = await self._ledger.step(entry.id, Step.TAKE)
+        if entry.phase is Phase.LOADED:
+            await self._wonder(arrival)
+        elif entry.phase is Phase.TAKEN:
+            await arrival.machine.until(_FOUND, FOUND_S)
+            async with arrival.lock:
+                await self._endings.set_going(arrival)
+        elif entry.phase is Phase.ARRIVED:
+            await self._endings.end(arrival)
+        else:
+            await self._endings.discard(arrival, "the daemon of the destination was restarted before the whole state was there")
+
+    # How it is done.
+
+    def _entry(self, peer: str, migration: str) -> Entry:
+        entry = self._ledger.get(migration)
+        if entry.peer != peer or entry.role != "destination":
+            raise NotFound(f"there is no migration {migration!r} of {peer}", migration=migration)
+        return entry
+
+    def _check(self, offer: Offer) -> None:
+        if offer.protocol != VERSION:
+            raise CannotMove(f"the source speaks version {offer.protocol} of the migration protocol, this host version {VERSION}")
+        try:
+            entry = self._ledger.get(offer.id)
+        except NotFound:
+            return
+        raise CannotMove(f"migration {offer.id} is known here already: it is {entry.phase} {entry.reason}".rstrip())
+
+    async def _prepare(self, peer: Peer, offer: Offer) -> Acceptance:
+        await self._supersede(peer.name, offer)
+        async with self._registry.reserved(offer.spec.name):
+            spec = self._registry.complete(msgspec.structs.replace(offer.spec, uuid=offer.uuid), offer.machine)
+            ready = await self._reception.ready(offer, spec, self._planner)
+            entry = await self._ledger.begin(_first(peer.name, offer, ready))
+            await self._make_room(entry, ready)
+            arrival = self._arrivals[entry.id] = Arrival(entry.id, entry.peer, self._registry.expect(_definition(entry)))
+        try:
+            launch = msgspec.structs.replace(ready.launch, plan=ready.launch.plan.awaiting(), paused=True, incoming=entry.id)
+            await arrival.machine.start(launch)
+            await self._ledger.note(entry.id, before=await self._reception.look(arrival.machine))
+            arrival.acceptance = await self._reception.listen(arrival.machine, offer, ready, peer)
+        except BaseException as error:
+            await self._endings.discard(arrival, error.message if isinstance(error, QmpdError) else repr(error))
+            raise
+        self._publish("migration.awaited", entry.machine, {"migration": entry.id, "peer": peer.name})
+        self._tasks.start(self._attend(arrival), f"arrival:{entry.machine}")
+        return arrival.acceptance
+
+    async def _make_room(self, entry: Entry, ready: Ready) -> None:
+        """Makes the directory and the images; when that fails nothing is left."""
+        state_dir = self._registry.paths(entry.machine).state
+        try:
+            await asyncio.to_thread(make_place, state_dir)
+            await make((*ready.launch.plan.blank_images, *ready.made), ready.launch.plan.copies)
+        except BaseException as error:
+            await self._ledger.step(entry.id, Step.DISCARD, reason=str(error))
+            await asyncio.to_thread(clear_unfinished, state_dir)
+            await asyncio.to_thread(remove_made, entry.made)
+            await self._ledger.settle(entry.id)
+            raise
+
+    async def _supersede(self, peer: str, offer: Offer) -> None:
+        """An owner that offers a machine again has kept it before, whether or not that was heard here."""
+        for arrival in list(self._arrivals.values()):
+            same = arrival.peer == peer and arrival.machine.definition.uuid == offer.uuid
+            if same and self._ledger.get(arrival.migration).phase in UNOWNED:
+                await self._endings.discard(arrival, f"the source offered the machine again, as migration {offer.id}")
+
+    async def _attend(self, arrival: Arrival) -> None:
+        """Stays with it until the whole state is here, or it is discarded."""
+        wondering = self._tasks.start(self._wonder(arrival), f"wonder:{arrival.machine.name}")
+        try:
+            await self._received(arrival)
+            async with arrival.lock:
+                if self._ledger.get(arrival.migration).phase is not Phase.AWAITING:
+                    return
+                await self._ledger.step(arrival.migration, Step.LOAD)
+            arrival.tell()
+        except QmpdError as error:
+            wondering.cancel()
+            # A QEMU that ends says why on its standard error, a moment after its monitor is gone.
+            ended = isinstance(error, MigrationFailed) and await arrival.machine.until(AT_REST, ANSWER_S)
+            await self._endings.discard(arrival, last_words(arrival.machine) if ended else error.message)
+
+    async def _received(self, arrival: Arrival) -> None:
+        machine = arrival.machine
+        while True:
+            try:
+                await self._reception.received(machine)
+            except MonitorUnavailable:
+                if await machine.until(AT_REST, ASK_S):
+                    raise
+            else:
+                return
+
+    async def _wonder(self, arrival: Arrival) -> None:
+        """Until it is decided: notices when QEMU ends, and asks the source what it decided when that does not say so by itself."""
+        silent_since: float | None = None
+        loop = asyncio.get_running_loop()
+        while self._ledger.get(arrival.migration).phase in UNOWNED:
+            try:
+                if await arrival.machine.until(AT_REST, ASK_S):
+                    await self._endings.discard(arrival, last_words(arrival.machine))
+                    return
+                async with self._peering.dial(self._peering.peers.get(arrival.peer)) as link:
+                    found = await link.standing(arrival.migration)
+                silent_since = None
+                await self._heed(arrival, found)
+            except (PeerError, NotFound) as error:
+                silent_since = silent_since or loop.time()
+                await self._doubted(arrival, error, loop.time() - silent_since)
+            except QmpdError as error:  # it could not be written down, say: the same is done again
+                _log.error("arrival does not go on", extra={"machine": arrival.machine.name, "error": error.message})
+                await asyncio.sleep(AGAIN_S)
+
+    async def _heed(self, arrival: Arrival, found: Standing) -> None:
+        """Does what the source has decided. It has journalled its decision before anybody can read it."""
+        arrival.problem = ""
+        if found.phase is Phase.KEPT:
+            await self._endings.discard(arrival, found.reason or "the source keeps the machine")
+        elif found.phase in {Phase.GIVEN, Phase.MOVED}:
+            entry = self._ledger.get(arrival.migration)
+            await undivided(
+                self._endings.take(arrival, found.handover or Handover(epoch=entry.epoch, run=entry.went)), f"take:{entry.machine}"
+            )
+
+    async def _doubted(self, arrival: Arrival, error: QmpdError, silent_s: float) -> None:
+        """What to do while the source does not say what it decided."""
+        if self._ledger.get(arrival.migration).phase is Phase.AWAITING:
+            # Nothing is lost with what is not here as a whole: the source has not given it away.
+            unknown = isinstance(error, PeerRefused)
+            if unknown or (silent_s > ABANDON_S and not await self._reception.is_receiving(arrival.machine)):
+                await self._endings.discard(arrival, f"the source is gone: {error.message}")
+            return
+        problem = f"whether {arrival.peer} has given the machine away is not known: {error.message}"
+        if problem != arrival.problem:
+            arrival.problem = problem
+            _log.error("ownership in doubt", extra={"machine": arrival.machine.name, "peer": arrival.peer, "error": error.message})
+            self._publish(
+                "migration.doubt", arrival.machine.name, {"migration": arrival.migration, "peer": arrival.peer, "reason": problem}
+            )
+
+
+def _first(peer: str, offer: Offer, ready: Ready) -> Entry:
+    moment = timestamp(utc_now())
+    return Entry(
+        id=offer.id,
+        role="destination",
+        machine=ready.spec.name,
+        uuid=offer.uuid,
+        peer=peer,
+        epoch=offer.epoch,
+        phase=FIRST["destination"],
+        offer=msgspec.structs.replace(offer, spec=ready.spec),
+        made=tuple(image.path for image in ready.made),
+        went=offer.state == "running",
+        began_at=moment,
+        changed_at=moment,
+    )
+
+
+def _definition(entry: Entry) -> Definition:
+    offer = entry.offer
+    return Definition(
+        spec=offer.spec, uuid=entry.uuid, created_at=offer.created_at, changed_at=offer.changed_at, epoch=entry.epoch, arrived=entry.id
+    )

@@ -1,0 +1,142 @@
+"""What two daemons say to each other to move a machine: documents, and nothing that acts.
+
+Every verb may be repeated and then gets the same answer, so that a lost answer is asked for again. `VERSION` is raised when a daemon
+could misunderstand another one's offer; a destination refuses what it does not know.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+from msgspec import Meta
+
+from qmpd.migration.phases import Phase, Role
+from qmpd.spec import DiskFormat, MachineSpec, Path, Text, Word
+from qmpd.viewbase import Request, View
+
+VERSION: Final = 1
+ID_PATTERN: Final = r"^[0-9a-f]{16}\Z"
+#: So much of each console's log travels with the hand-over itself; what is more was sent before.
+TAIL_BYTES: Final = 64 * 1024
+
+MigrationId = Annotated[str, Meta(pattern=ID_PATTERN)]
+Epoch = Annotated[int, Meta(ge=1, le=2**53)]
+Bytes = Annotated[int, Meta(ge=0, le=2**60)]
+
+
+class FileMark(Request, frozen=True, kw_only=True):
+    """What tells a file on storage that both hosts see: the boot id of the host, and device and inode there; its size."""
+
+    boot_id: str
+    device: int
+    inode: int
+    size: Bytes
+
+
+class DiskOffer(Request, frozen=True, kw_only=True):
+    """How disk `index` of the definition goes: on storage that both hosts see (`shared`), or copied while the guest runs.
+
+    `virtual_bytes` is what the guest sees. `mark` is set where the source could look at the file. `path` and `format` are what the
+    destination is to use instead of the source's.
+    """
+
+    index: Annotated[int, Meta(ge=0, le=255)]
+    how: Literal["shared", "copy", "auto"]
+    virtual_bytes: Bytes
+    mark: FileMark | None = None
+    path: Path | None = None
+    format: DiskFormat | None = None
+
+
+class Offer(Request, frozen=True, kw_only=True):
+    """A machine that another host offers to hand over. `state` is what it does there now."""
+
+    protocol: int
+    id: MigrationId
+    epoch: Epoch
+    spec: MachineSpec
+    uuid: str
+    created_at: Text
+    changed_at: Text
+    state: Literal["running", "paused"]
+    machine: Word
+    accel: Literal["kvm", "tcg"]
+    emulator_version: Text
+    disks: tuple[DiskOffer, ...] = ()
+    channels: Annotated[int, Meta(ge=0, le=255)] = 0
+    postcopy: bool = False
+    tunnel: bool = False
+    trial: bool = False
+
+
+class Endpoint(View, frozen=True, kw_only=True):
+    """Where QEMU at the destination listens. `host` is what the source connects to, `tls_name` what its certificate must say.
+
+    `nbd_port` is there if disks are copied.
+    """
+
+    host: str
+    port: int
+    tls_name: str
+    nbd_port: int | None = None
+
+
+class DiskAccepted(View, frozen=True, kw_only=True):
+    """How disk `index` will go; `export` is the name of the NBD export of one that is copied."""
+
+    index: int
+    how: Literal["shared", "copy"]
+    export: str | None = None
+
+
+class Acceptance(View, frozen=True, kw_only=True):
+    """The destination's QEMU waits. `endpoint` is None if the data goes through the API."""
+
+    id: str
+    endpoint: Endpoint | None
+    disks: tuple[DiskAccepted, ...] = ()
+    channels: int = 0
+    postcopy: bool = False
+    emulator_version: str
+    warnings: tuple[str, ...] = ()
+
+
+class ConsoleEnd(Request, frozen=True, kw_only=True):
+    """Where the log of a serial port ended when the guest was halted, and its last bytes: `tail` ends at `end`."""
+
+    port: Annotated[int, Meta(ge=0, le=3)]
+    end: Bytes
+    tail: Annotated[bytes, Meta(max_length=TAIL_BYTES)] = b""
+
+
+class Handover(Request, frozen=True, kw_only=True):
+    """The source has given the machine away, under this epoch. `run` says whether the guest ran."""
+
+    epoch: Epoch
+    run: bool
+    consoles: Annotated[tuple[ConsoleEnd, ...], Meta(max_length=4)] = ()
+
+
+class LoadedRequest(Request, frozen=True, kw_only=True):
+    """How long the destination may wait for the whole state before it says how far it is."""
+
+    timeout_s: Annotated[float, Meta(ge=0, le=60)] = 30.0
+
+
+class DiscardRequest(Request, frozen=True, kw_only=True):
+    """Why the destination shall discard what it has."""
+
+    reason: Text = ""
+
+
+class Standing(View, frozen=True, kw_only=True):
+    """How far a side is, as it wrote it down. `problem` is what keeps it from going on; `handover` is there once the source has given."""
+
+    id: str
+    machine: str
+    role: Role
+    phase: Phase
+    epoch: int
+    reason: str = ""
+    problem: str = ""
+    handover: Handover | None = None

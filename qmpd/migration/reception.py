@@ -1,0 +1,192 @@
+"""What the destination does for a machine that comes: whether and how it could be here, its QEMU's part, and what follows its arrival."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from qmpd.credentials import directory, distinguished_name
+from qmpd.errors import CannotMove, QmpdError
+from qmpd.launching import Launch
+from qmpd.lifecycle import State
+from qmpd.machine import Machine
+from qmpd.migration import capabilities, incoming
+from qmpd.migration.addresses import TcpAddress, TcpRange
+from qmpd.migration.capabilities import Agreed, Dials
+from qmpd.migration.incoming import STAYS, Listen
+from qmpd.migration.outgoing import Before
+from qmpd.migration.progress import NONE
+from qmpd.migration.protocol import Acceptance, DiskAccepted, DiskOffer, Endpoint, Handover, Offer
+from qmpd.migration.qemu import ask_map, run_state
+from qmpd.migration.shipping import mark_of, node_of
+from qmpd.migration.tls import ServerTls
+from qmpd.plan import BlankImage
+from qmpd.power import EFFECT_DEADLINE_S
+from qmpd.settings import Peer, Settings
+from qmpd.spec import BlankDisk, ImageDisk, MachineSpec
+
+MIB: Final = 1024 * 1024
+#: As libvirt and others have it: enough for switches that learn slowly, gone within seconds (times in milliseconds).
+_ANNOUNCEMENT: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+#: The source's QEMU lets go of a shared image's lock when it has said `completed`; on a network the lock may be seen later.
+LOCK_PATIENCE_S: Final = 10.0
+LOCK_AGAIN_S: Final = 0.05
+
+_log = logging.getLogger(__name__)
+Planner = Callable[[MachineSpec], Awaitable[Launch]]
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True):
+    """How a machine could be here: its definition with the paths of this host, how it is launched, and how each disk comes.
+
+    `made` are images that are made outside of the machine's own directory.
+    """
+
+    spec: MachineSpec
+    launch: Launch
+    disks: tuple[DiskAccepted, ...] = ()
+    made: tuple[BlankImage, ...] = ()
+
+
+class Reception:
+    """Receives machines on one host."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    async def ready(self, offer: Offer, spec: MachineSpec, planner: Planner) -> Ready:
+        """How this machine could be here.
+
+        Raises:
+            CannotMove: it cannot.
+            Invalid: all that is wrong with its definition on this host.
+        """
+        disks, made, spec = await asyncio.to_thread(self._disks, offer, spec)
+        launch = await planner(msgspec.structs.replace(spec, accel=offer.accel))
+        if launch.machine != offer.machine:
+            raise CannotMove(f"the machine is a {offer.machine} there, and would be a {launch.machine} here")
+        return Ready(spec=spec, launch=launch, disks=disks, made=made)
+
+    def _disks(self, offer: Offer, spec: MachineSpec) -> tuple[tuple[DiskAccepted, ...], tuple[BlankImage, ...], MachineSpec]:
+        """Which disks both hosts see, and which are copied; and the definition with the paths of those. Blocks."""
+        accepted, made, disks = [], [], list(spec.disks)
+        for wanted in offer.disks:
+            if wanted.index >= len(disks):
+                raise CannotMove(f"disk {wanted.index} is offered, and the definition has only {len(disks)}")
+            disk = disks[wanted.index]
+            if _is_shared(wanted, disk):
+                accepted.append(DiskAccepted(index=wanted.index, how="shared"))
+                continue
+            accepted.append(DiskAccepted(index=wanted.index, how="copy", export=node_of(wanted.index)))
+            if isinstance(disk, ImageDisk):
+                disk = msgspec.structs.replace(disk, path=wanted.path or disk.path, format=wanted.format or disk.format)
+                if Path(disk.path).exists():
+                    raise CannotMove(f"disk {wanted.index} is to be copied to {disk.path}, which exists here: name another path for it")
+                made.append(BlankImage(path=disk.path, format=disk.format, size_mib=-(-wanted.virtual_bytes // MIB)))
+            disks[wanted.index] = disk
+        return tuple(accepted), tuple(made), msgspec.structs.replace(spec, disks=tuple(disks))
+
+    async def look(self, machine: Machine) -> Before:
+        """How QEMU is before anything is changed in it."""
+        return Before(dials=await capabilities.read(machine.session), run_state=await run_state(machine.session))
+
+    async def listen(self, machine: Machine, offer: Offer, ready: Ready, peer: Peer) -> Acceptance:
+        """Has QEMU listen for the peer, and for nobody else.
+
+        Raises:
+            MigrationFailed: no port is free, or this QEMU lacks something.
+            HostError: the certificates are missing.
+        """
+        ports = self._settings.migration_port_range
+        where = TcpRange(host=self._settings.migration_host, first=ports.start, last=ports.stop - 1)
+        copied = tuple(disk.export for disk in ready.disks if disk.export is not None)
+        wanted = Listen(
+            memory=where,
+            disks_at=where if copied else None,
+            disks=copied,
+            tls=ServerTls(directory=await asyncio.to_thread(directory, self._settings.pki_dir), admits=distinguished_name(peer)),
+            agreed=Agreed(channels=offer.channels, postcopy=offer.postcopy),
+            stays=STAYS in ready.launch.features,
+        )
+        found = await incoming.listen(machine.session, wanted)
+        if not isinstance(found.memory, TcpAddress):
+            raise CannotMove("QEMU does not listen at a port")
+        nbd = found.disks_at.port if isinstance(found.disks_at, TcpAddress) else None
+        return Acceptance(
+            id=offer.id,
+            endpoint=Endpoint(host=found.memory.host, port=found.memory.port, tls_name=peer.owner, nbd_port=nbd),
+            disks=ready.disks,
+            channels=offer.channels,
+            postcopy=offer.postcopy,
+            emulator_version=ready.launch.emulator_version,
+        )
+
+    async def received(self, machine: Machine) -> None:
+        """Returns when the whole state is in. Raises MigrationFailed, and MonitorUnavailable while QEMU cannot be asked."""
+        await incoming.wait_loaded(machine.session)
+
+    async def is_receiving(self, machine: Machine) -> bool:
+        """Whether anything has come yet."""
+        try:
+            status = (await ask_map(machine.session, "query-migrate")).get("status", NONE)
+        except QmpdError:
+            return True
+        return status not in {NONE, "setup"}
+
+    async def unpack(self, machine: Machine, handover: Handover) -> None:
+        """Puts what came with the hand-over where it belongs, before the guest runs. May be repeated."""
+
+    async def go(self, machine: Machine, *, run: bool) -> None:
+        """Sets the guest going if it ran at the source.
+
+        Raises:
+            QemuRefused: QEMU does not do it, because a disk is still locked, say.
+        """
+        session = machine.session
+        if not run:
+            await session.ask_status(session.monitor)
+            return
+        loop = asyncio.get_running_loop()
+        until = loop.time() + LOCK_PATIENCE_S
+        while True:
+            try:
+                await session.execute("cont")
+                break
+            except QmpdError as error:
+                if "lock" not in error.message or loop.time() > until:
+                    await session.ask_status(session.monitor)
+                    raise
+            await asyncio.sleep(LOCK_AGAIN_S)
+        await machine.until(frozenset({State.RUNNING}), EFFECT_DEADLINE_S)
+
+    async def settle_in(self, machine: Machine, before: Dials | None) -> None:
+        """What may happen while the guest runs: QEMU as if it had never migrated, and the network told where the machine is."""
+        try:
+            if before is not None:
+                await incoming.settle(machine.session, before)
+            await machine.session.execute("announce-self", _ANNOUNCEMENT)
+        except QmpdError as error:
+            _log.warning("after a migration something was not put back", extra={"machine": machine.name, "error": error.message})
+
+
+def _is_shared(wanted: DiskOffer, disk: ImageDisk | BlankDisk) -> bool:
+    """Whether an image is the same file on both hosts. Who says so must be right where it can be looked at."""
+    if isinstance(disk, BlankDisk):
+        return False
+    if wanted.how != "auto":
+        return wanted.how == "shared"
+    mark = mark_of(disk.path)
+    return mark is not None and mark == wanted.mark
+
+
+def remove_made(paths: tuple[str, ...]) -> None:
+    """Removes images that were made for a machine that did not come. Blocks."""
+    for path in paths:
+        with suppress(FileNotFoundError):
+            Path(path).unlink()

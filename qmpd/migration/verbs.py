@@ -1,0 +1,171 @@
+"""The verbs of migration: what a person asks this host for, and what another daemon does."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from qmpd.access import Caller
+from qmpd.errors import NotFound, Problem, WrongState, invalid
+from qmpd.jobs import Jobs
+from qmpd.machine import Publish
+from qmpd.migration.destination import Arrivals
+from qmpd.migration.ledger import Entry, Ledger
+from qmpd.migration.phases import ENDED, KEEPABLE, Phase
+from qmpd.migration.protocol import Acceptance, DiscardRequest, Handover, LoadedRequest, Offer, Standing
+from qmpd.migration.reception import Planner, Reception
+from qmpd.migration.shipping import Shipping
+from qmpd.migration.source import MOVABLE, Departures
+from qmpd.migrationviews import MigrateRequest, MigrationList, MigrationView, Owner, ResolveRequest
+from qmpd.peering import Peering
+from qmpd.registry import Registry
+from qmpd.settings import Settings
+from qmpd.tasks import Tasks
+from qmpd.views import JobView
+
+#: Who owns the machine in each phase, by what this side knows.
+_OWNERS: dict[Phase, Owner] = {
+    Phase.BEGUN: "source",
+    Phase.PREPARED: "source",
+    Phase.PERFORMING: "source",
+    Phase.GIVEN: "destination",
+    Phase.MOVED: "destination",
+    Phase.KEPT: "source",
+    Phase.AWAITING: "source",
+    Phase.LOADED: "unknown",
+    Phase.TAKEN: "destination",
+    Phase.ARRIVED: "destination",
+    Phase.DISCARDED: "source",
+}
+
+
+class Migration:
+    """What `Service` answers with, one method for each verb."""
+
+    def __init__(
+        self, *, settings: Settings, registry: Registry, ledger: Ledger, peering: Peering, jobs: Jobs, planner: Planner, publish: Publish
+    ) -> None:
+        self._registry = registry
+        self._ledger = ledger
+        self._peering = peering
+        self._jobs = jobs
+        self._tasks = Tasks()
+        self._arrivals = Arrivals(
+            registry=registry,
+            ledger=ledger,
+            planner=planner,
+            reception=Reception(settings),
+            peering=peering,
+            tasks=self._tasks,
+            publish=publish,
+        )
+        self._departures = Departures(
+            registry=registry,
+            ledger=ledger,
+            peering=peering,
+            shipping=Shipping(settings.pki_dir, registry.paths),
+            tasks=self._tasks,
+            publish=publish,
+        )
+
+    # For people.
+
+    async def migrate(self, name: str, request: MigrateRequest) -> JobView:
+        """Moves a machine to a peer, as a job.
+
+        Raises:
+            NotFound, Forbidden: there is no such peer, or it may not receive machines.
+            WrongState, GivenAway: the machine cannot be moved now.
+        """
+        machine = self._registry.get(name)
+        self._peering.peers.receiver(request.peer)
+        machine.definition.check_owned()
+        machine.require(MOVABLE, "migrate")
+        return await self._jobs.begin_reporting("migrate", name, lambda report: self._departures.migrate(machine, request, report))
+
+    def list(self, machine: str | None = None) -> MigrationList:
+        """The migrations to and from this host, newest first."""
+        return MigrationList(migrations=tuple(self._view(entry) for entry in self._ledger.all() if machine in (None, entry.machine)))
+
+    async def resolve(self, name: str, request: ResolveRequest) -> MigrationView:
+        """Does what a person has decided who knows what became of the other side.
+
+        Raises:
+            WrongState: there is nothing to decide.
+            Invalid: `confirm` is not the machine's name.
+        """
+        machine = self._registry.get(name)
+        if request.confirm != name:
+            raise invalid([Problem(path="$.confirm", message=f"must be {name!r}, the name of the machine")])
+        entry = self._ledger.of(name)
+        if entry is None:
+            raise WrongState(f"no migration of machine {name!r} is under way", state=str(machine.state), allowed=[])
+        if (request.action == "keep") is not (entry.role == "source"):
+            allowed = ["keep"] if entry.role == "source" else ["take", "discard"]
+            raise WrongState(f"this host is the {entry.role}: {request.action!r} is for the other one", state=entry.role, allowed=allowed)
+        if request.action == "keep":
+            await self._departures.resolve(machine)
+        else:
+            await self._arrivals.resolve(machine, take=request.action == "take")
+        return self._view(self._ledger.get(entry.id))
+
+    # For peers.
+
+    async def offer(self, caller: Caller, offer: Offer) -> Acceptance:
+        """Gets ready for a machine of a peer that may send some."""
+        return await self._arrivals.offer(self._peering.peers.sender(caller), offer)
+
+    async def loaded(self, caller: Caller, migration: str, request: LoadedRequest) -> Standing:
+        """How far a machine of the peer's is, as soon as it is here as a whole or the time is over."""
+        return await self._arrivals.loaded(self._peering.peers.asking(caller).name, migration, request.timeout_s)
+
+    async def take(self, caller: Caller, migration: str, handover: Handover) -> Standing:
+        """The peer has given a machine: it is taken."""
+        return await self._arrivals.take(self._peering.peers.asking(caller).name, migration, handover)
+
+    async def discard(self, caller: Caller, migration: str, request: DiscardRequest) -> Standing:
+        """The peer keeps a machine: what is here of it is removed."""
+        return await self._arrivals.discard(self._peering.peers.asking(caller).name, migration, request.reason)
+
+    def standing(self, caller: Caller, migration: str) -> Standing:
+        """How far this host is with a migration to or from the peer that asks. Raises NotFound about any other."""
+        peer = self._peering.peers.asking(caller)
+        entry = self._ledger.get(migration)
+        if entry.peer != peer.name:
+            raise NotFound(f"there is no migration {migration!r}", migration=migration)
+        return (self._departures if entry.role == "source" else self._arrivals).standing(entry)
+
+    # After a restart of the daemon.
+
+    def restore(self) -> None:
+        """Before processes are taken over: holds the machines that were on their way."""
+        self._departures.restore()
+        self._arrivals.restore()
+
+    @asynccontextmanager
+    async def at_work(self) -> AsyncIterator[None]:
+        """Goes on with what an earlier daemon began. At the end everything is left where it stands, for the next one."""
+        self._departures.go_on()
+        self._arrivals.go_on()
+        try:
+            yield
+        finally:
+            self._departures.close()
+            await self._jobs.interrupt()
+            await self._tasks.cancel()
+
+    def _view(self, entry: Entry) -> MigrationView:
+        problem = (self._departures if entry.role == "source" else self._arrivals).standing(entry).problem
+        undecided = entry.phase in {Phase.GIVEN, Phase.LOADED}
+        return MigrationView(
+            id=entry.id,
+            machine=entry.machine,
+            role=entry.role,
+            peer=entry.peer,
+            phase=str(entry.phase),
+            owner="unknown" if undecided and problem else _OWNERS[entry.phase],
+            cancellable=entry.role == "source" and entry.phase in KEEPABLE,
+            doubt=problem or None,
+            began_at=entry.began_at,
+            ended_at=entry.changed_at if entry.phase in ENDED else None,
+        )

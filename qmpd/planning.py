@@ -1,0 +1,48 @@
+"""From a definition to how it would be launched here: the facts gathered, the problems found, the plan made."""
+
+from __future__ import annotations
+
+from qmpd.board import NamedBoard
+from qmpd.errors import invalid
+from qmpd.facts import World
+from qmpd.launching import Launch
+from qmpd.plan import plan, resolve
+from qmpd.registry import Registry
+from qmpd.spec import Limits, MachineSpec
+from qmpd.validation import problems
+from qmpd.worlds import Worlds
+
+
+class Planning:
+    """Plans launches. Changes nothing."""
+
+    def __init__(self, registry: Registry, worlds: Worlds) -> None:
+        self._registry = registry
+        self._worlds = worlds
+
+    async def launch(self, spec: MachineSpec) -> Launch:
+        """How a definition would be launched. Raises Invalid with all that is wrong with it."""
+        named, world = await self._worlds.of(spec, self._registry.paths(spec.name))
+        return self._planned(spec, named, world)
+
+    async def completed(self, spec: MachineSpec) -> tuple[MachineSpec, Launch]:
+        """A definition with everything filled in, and how it would be launched, in one and the same world."""
+        named, world = await self._worlds.of(spec, self._registry.paths(spec.name))
+        complete = self._registry.complete(spec, self._planned(spec, named, world).machine)
+        return complete, self._planned(complete, named, world)
+
+    def _planned(self, spec: MachineSpec, named: NamedBoard, world: World) -> Launch:
+        found = problems(spec, named, world)
+        if found:
+            raise invalid(found)
+        return Launch(
+            plan=plan(spec, named, world),
+            run_dir=world.paths.run,
+            state_dir=world.paths.state,
+            log_cap_bytes=self._registry.log_cap_bytes,
+            stderr_path=self._registry.stderr_path(spec.name),
+            machine=resolve(spec, named, world).machine,
+            emulator_version=world.emulator.version,
+            features=world.emulator.features,
+            confiner=None if spec.limits == Limits() else self._worlds.confiner,
+        )

@@ -1,0 +1,189 @@
+"""Machines that move between two daemons: one owner at every time, the guest goes on where it was, and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from qmpd.access import OURSELVES, Caller
+from qmpd.errors import Forbidden, Held, NotFound, WrongState
+from qmpd.lifecycle import State
+from qmpd.migration.phases import Phase
+from qmpd.migration.protocol import DiscardRequest, Handover
+from qmpd.migrationviews import Goal, MigrateRequest, MigrationReport
+from qmpd.settings import Peer
+from qmpd.views import JobView, MachineView, QmpRequest, StartRequest
+from tests.api.lab import Daemon, authority, daemon, host, peer, port
+from tests.guests.build import Guest
+from tests.machines import copy_of, spec_of
+
+pytestmark = pytest.mark.qemu
+
+#: Means that something hangs.
+HUNG_S = 60.0
+#: A job is looked at this often.
+LOOK_S = 0.02
+
+
+@pytest.fixture
+def counting(guests: dict[str, Guest], short_directory: Path) -> Guest:
+    """A guest that counts, on a disk of its own: two that run at the same time lock each other's."""
+    return copy_of(guests["x86_64-q35"], short_directory)
+
+
+@asynccontextmanager
+async def pair(directory: Path) -> AsyncIterator[tuple[Daemon, Daemon]]:
+    """Two daemons that are each other's peers."""
+    root = authority(directory / "ca")
+    async with AsyncExitStack() as stack:
+        ports = {name: stack.enter_context(port()) for name in ("a", "b")}
+        peers: dict[str, tuple[Peer, ...]] = {"a": (peer("b", ports["b"][1]),), "b": (peer("a", ports["a"][1]),)}
+        made = []
+        for name, (listener, _) in ports.items():
+            pki = host(root, directory / name / "pki", name)
+            made.append(await stack.enter_async_context(daemon(name, directory / name, pki, listener, peers[name])))
+        yield made[0], made[1]
+
+
+async def ended(there: Daemon, job: JobView) -> JobView:
+    """The job when it has ended."""
+    async with asyncio.timeout(HUNG_S):
+        while (view := await there.service.job(job.id)).state == "running":
+            await asyncio.sleep(LOOK_S)
+    return view
+
+
+async def moved(source: Daemon, name: str, to: str, **request: object) -> MigrationReport:
+    """Moves a machine, which must work."""
+    job = await ended(source, await source.service.migration.migrate(name, msgspec.convert({"peer": to, **request}, MigrateRequest)))
+    assert job.state == "succeeded", job.error
+    return msgspec.convert(job.result, MigrationReport)
+
+
+def known(there: Daemon, name: str) -> MachineView | None:
+    """The machine, where the daemon knows it."""
+    return next((view for view in there.service.machines({}, None).machines if view.name == name), None)
+
+
+async def printed(there: Daemon, name: str, more: int) -> None:
+    """Waits until the console of a machine has got `more` bytes."""
+    console = there.service.console(name, None)
+    wanted = console.end + more
+    async with asyncio.timeout(HUNG_S):
+        while console.end < wanted:
+            await asyncio.sleep(LOOK_S)
+
+
+async def test_a_running_machine_moves_and_its_memory_goes_on(short_directory: Path, counting: Guest) -> None:
+    async with pair(short_directory) as (a, b):
+        await a.service.create(spec_of(counting, "counter"), start=True)
+        await printed(a, "counter", 500)
+        report = await moved(a, "counter", "b")
+        assert (report.owner, report.owner_name, report.epoch) == ("destination", "b", 1)
+        assert [machine.name for machine in a.service.machines({}, None).machines] == []
+        view = b.service.machine("counter")
+        assert (view.state, view.operation) == (State.RUNNING, None)
+        await printed(b, "counter", 500)
+        await b.service.kill("counter")
+
+
+async def test_a_halted_machine_moves_and_stays_halted(short_directory: Path, counting: Guest) -> None:
+    async with pair(short_directory) as (a, b):
+        await a.service.create(spec_of(counting, "counter"), start=True)
+        await printed(a, "counter", 100)
+        await a.service.pause("counter")
+        await moved(a, "counter", "b")
+        assert b.service.machine("counter").state is State.PAUSED
+        assert (await b.service.resume("counter")).state is State.RUNNING
+        await printed(b, "counter", 100)
+        await b.service.kill("counter")
+
+
+async def test_a_machine_comes_back_to_where_it_was(short_directory: Path, counting: Guest) -> None:
+    async with pair(short_directory) as (a, b):
+        created = await a.service.create(spec_of(counting, "counter"), start=True)
+        for source, there, epoch in ((a, b, 1), (b, a, 2), (a, b, 3)):
+            report = await moved(source, "counter", there.name)
+            assert report.epoch == epoch
+            await printed(there, "counter", 100)
+        assert b.service.machine("counter").uuid == created.uuid
+        assert [view.phase for view in a.service.migration.list().migrations] == ["moved", "arrived", "moved"]
+        assert [view.phase for view in b.service.migration.list("counter").migrations] == ["arrived", "moved", "arrived"]
+        await b.service.kill("counter")
+
+
+async def test_the_destination_refuses_a_name_that_is_taken_and_the_guest_runs_on(short_directory: Path, counting: Guest) -> None:
+    async with pair(short_directory) as (a, b):
+        await b.service.create(spec_of(counting, "counter"))
+        await a.service.create(spec_of(counting, "counter"), start=True)
+        job = await ended(a, await a.service.migration.migrate("counter", MigrateRequest(peer="b")))
+        assert job.error is not None
+        assert job.error["code"] == "cannot_move"
+        assert "already" in str(job.error["message"])
+        view = a.service.machine("counter")
+        assert (view.state, view.operation) == (State.RUNNING, None)
+        await printed(a, "counter", 100)
+        assert b.service.machine("counter").state is State.STOPPED
+        await a.service.kill("counter")
+
+
+async def test_while_it_moves_nobody_else_touches_it_and_it_can_be_kept(short_directory: Path, counting: Guest) -> None:
+    async with pair(short_directory) as (a, b):
+        await a.service.create(spec_of(counting, "counter"), start=True)
+        before = await a.service.qmp("counter", QmpRequest(execute="query-migrate-capabilities"), OURSELVES)
+        slow = MigrateRequest(peer="b", goal=Goal(bandwidth_mib_s=1))
+        job = await a.service.migration.migrate("counter", slow)
+        async with asyncio.timeout(HUNG_S):
+            while (view := known(b, "counter")) is None or view.state is not State.INCOMING:
+                await asyncio.sleep(LOOK_S)
+        with pytest.raises(Held):
+            await a.service.pause("counter")
+        with pytest.raises(Held):
+            await b.service.resume("counter")
+        with pytest.raises(WrongState):
+            await b.service.start("counter", StartRequest())
+        assert (await a.service.cancel(job.id)).state == "cancelled"
+        async with asyncio.timeout(HUNG_S):
+            while known(b, "counter") is not None:
+                await asyncio.sleep(LOOK_S)
+        after = await a.service.qmp("counter", QmpRequest(execute="query-migrate-capabilities"), OURSELVES)
+        assert after == before
+        view = a.service.machine("counter")
+        assert (view.state, view.operation) == (State.RUNNING, None)
+        await printed(a, "counter", 100)
+        assert not (short_directory / "b/s/machines/counter").exists()
+        await moved(a, "counter", "b")
+        await b.service.kill("counter")
+
+
+async def test_a_peer_that_is_not_there_costs_the_guest_nothing(short_directory: Path, counting: Guest) -> None:
+    async with pair(short_directory) as (a, b):
+        await a.service.create(spec_of(counting, "counter"), start=True)
+        with pytest.raises(NotFound):
+            await a.service.migration.migrate("counter", MigrateRequest(peer="nobody"))
+        await b.service.create(spec_of(counting, "idle"))
+        with pytest.raises(WrongState):
+            await b.service.migration.migrate("idle", MigrateRequest(peer="a"))
+        await a.service.kill("counter")
+
+
+async def test_what_a_peer_says_of_a_migration_that_is_not_its_own_is_not_heard(short_directory: Path, counting: Guest) -> None:
+    async with pair(short_directory) as (a, b):
+        await a.service.create(spec_of(counting, "counter"), start=True)
+        report = await moved(a, "counter", "b")
+        stranger = Caller(user="peer:c", role="peer", peer="c")
+        with pytest.raises((NotFound, Forbidden)):
+            b.service.migration.standing(stranger, report.id)
+        source = Caller(user="peer:a", role="peer", peer="a")
+        assert b.service.migration.standing(source, report.id).phase is Phase.ARRIVED
+        again = await b.service.migration.take(source, report.id, Handover(epoch=1, run=True))
+        assert again.phase is Phase.ARRIVED
+        discarded = await b.service.migration.discard(source, report.id, DiscardRequest(reason="too late"))
+        assert discarded.phase is Phase.ARRIVED
+        assert b.service.machine("counter").state is State.RUNNING
+        await b.service.kill("counter")
