@@ -144,13 +144,12 @@ def _make_image(image: BlankImage) -> None:
     target = Path(image.path)
     if target.exists():
         return
-    size = image.size_mib * 1024 * 1024
     with _making(target) as temporary:
         if image.format == "raw":
             with temporary.open("wb") as file:
-                file.truncate(size)
+                file.truncate(image.size_bytes)
         else:
-            _qemu_img("create", "-q", "-f", image.format, str(temporary), str(size))
+            _qemu_img("create", "-q", "-f", image.format, str(temporary), str(image.size_bytes))
 
 
 def _qemu_img(*words: str) -> None:

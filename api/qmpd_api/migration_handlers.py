@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qmpd.migration.protocol import Acceptance, DiscardRequest, Handover, LoadedRequest, Offer, Standing
-from qmpd.migrationviews import MigrateRequest, MigrationList, MigrationView, ResolveRequest
+from qmpd.migrationviews import GoalChanges, MigrateRequest, MigrationList, MigrationView, ResolveRequest
 from qmpd.views import JobView
 from qmpd_api.exchange import Call
 from qmpd_api.queries import JobsQuery, Query
@@ -12,6 +12,11 @@ from qmpd_api.queries import JobsQuery, Query
 async def migrate(call: Call[MigrateRequest, Query]) -> JobView:
     """Move a machine."""
     return await call.service.migration.migrate(call.name, call.body)
+
+
+async def tune_migration(call: Call[GoalChanges, Query]) -> MigrationView:
+    """Another goal for a migration."""
+    return await call.service.migration.tune(call.name, call.body)
 
 
 async def migrations(call: Call[None, JobsQuery]) -> MigrationList:

@@ -17,7 +17,7 @@ from qmpd.machine import Machine, Publish
 from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.phases import Phase, Step
 from qmpd.migration.protocol import Handover
-from qmpd.migration.shipping import Shipping
+from qmpd.migration.shipping import Shipment, Shipping
 from qmpd.peers import PeerDaemon
 from qmpd.registry import Registry
 from qmpd.store import Unknown
@@ -44,6 +44,9 @@ class Departure:
         #: The commit that gives it away was begun: only that commit's outcome says who owns the machine.
         self.giving = False
         self.decided = asyncio.Event()
+        #: What is under way, while it is; and the goal that it is kept to.
+        self.shipment: Shipment | None = None
+        self.job: str | None = None
         self._held = ExitStack()
 
     def hold(self) -> None:

@@ -26,13 +26,14 @@ from qmpd.errors import (
     WrongState,
 )
 from qmpd.journal import timestamp, utc_now
+from qmpd.launching import Launch
 from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine, Publish
 from qmpd.migration.arrival import AGAIN_S, ANSWER_S, Arrival, Endings, last_words
 from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.phases import FIRST, UNOWNED, Phase, Step
 from qmpd.migration.protocol import VERSION, Acceptance, Handover, Offer, Standing
-from qmpd.migration.reception import Planner, Ready, Reception, remove_made
+from qmpd.migration.reception import Arranged, Planner, Reception, remove_made
 from qmpd.peering import Peering
 from qmpd.record import Definition
 from qmpd.registry import Registry
@@ -219,15 +220,14 @@ class Arrivals:
         await self._supersede(peer.name, offer)
         async with self._registry.reserved(offer.spec.name):
             spec = self._registry.complete(msgspec.structs.replace(offer.spec, uuid=offer.uuid), offer.machine)
-            ready = await self._reception.ready(offer, spec, self._planner)
-            entry = await self._ledger.begin(_first(peer.name, offer, ready))
-            await self._make_room(entry, ready)
+            arranged = await self._reception.arranged(offer, spec)
+            entry = await self._ledger.begin(_first(peer.name, offer, arranged))
+            launch = await self._made_room(entry, arranged)
             arrival = self._arrivals[entry.id] = Arrival(entry.id, entry.peer, self._registry.expect(_definition(entry)))
         try:
-            launch = msgspec.structs.replace(ready.launch, plan=ready.launch.plan.awaiting(), paused=True, incoming=entry.id)
-            await arrival.machine.start(launch)
+            await arrival.machine.start(msgspec.structs.replace(launch, plan=launch.plan.awaiting(), paused=True, incoming=entry.id))
             await self._ledger.note(entry.id, before=await self._reception.look(arrival.machine))
-            arrival.acceptance = await self._reception.listen(arrival.machine, offer, ready, peer)
+            arrival.acceptance = await self._reception.listen(arrival.machine, offer, arranged, launch, peer)
         except BaseException as error:
             await self._endings.discard(arrival, error.message if isinstance(error, QmpdError) else repr(error))
             raise
@@ -235,18 +235,21 @@ class Arrivals:
         self._tasks.start(self._attend(arrival), f"arrival:{entry.machine}")
         return arrival.acceptance
 
-    async def _make_room(self, entry: Entry, ready: Ready) -> None:
-        """Makes the directory and the images; when that fails nothing is left."""
+    async def _made_room(self, entry: Entry, arranged: Arranged) -> Launch:
+        """Makes the directory and the images, and plans the launch; when that fails nothing is left."""
         state_dir = self._registry.paths(entry.machine).state
         try:
             await asyncio.to_thread(make_place, state_dir)
-            await make((*ready.launch.plan.blank_images, *ready.made), ready.launch.plan.copies)
+            await make(arranged.made, ())
+            launch = await self._reception.launch(entry.offer, arranged.spec, self._planner)
+            await make(launch.plan.blank_images, launch.plan.copies)
         except BaseException as error:
             await self._ledger.step(entry.id, Step.DISCARD, reason=str(error))
             await asyncio.to_thread(clear_unfinished, state_dir)
             await asyncio.to_thread(remove_made, entry.made)
             await self._ledger.settle(entry.id)
             raise
+        return launch
 
     async def _supersede(self, peer: str, offer: Offer) -> None:
         """An owner that offers a machine again has kept it before, whether or not that was heard here."""
@@ -330,18 +333,18 @@ class Arrivals:
             )
 
 
-def _first(peer: str, offer: Offer, ready: Ready) -> Entry:
+def _first(peer: str, offer: Offer, arranged: Arranged) -> Entry:
     moment = timestamp(utc_now())
     return Entry(
         id=offer.id,
         role="destination",
-        machine=ready.spec.name,
+        machine=arranged.spec.name,
         uuid=offer.uuid,
         peer=peer,
         epoch=offer.epoch,
         phase=FIRST["destination"],
-        offer=msgspec.structs.replace(offer, spec=ready.spec),
-        made=tuple(image.path for image in ready.made),
+        offer=msgspec.structs.replace(offer, spec=arranged.spec),
+        made=tuple(image.path for image in arranged.made),
         went=offer.state == "running",
         began_at=moment,
         changed_at=moment,

@@ -82,10 +82,11 @@ class Endpoint(View, frozen=True, kw_only=True):
 
 
 class DiskAccepted(View, frozen=True, kw_only=True):
-    """How disk `index` will go; `export` is the name of the NBD export of one that is copied."""
+    """How disk `index` will go, and where its image is at the destination; `export` is the NBD export of one that is copied."""
 
     index: int
     how: Literal["shared", "copy"]
+    path: str
     export: str | None = None
 
 

@@ -13,9 +13,11 @@ import msgspec
 
 from qmpd.credentials import directory, distinguished_name
 from qmpd.errors import CannotMove, QmpdError
+from qmpd.facts import MachinePaths
+from qmpd.forwards import remake
 from qmpd.launching import Launch
 from qmpd.lifecycle import State
-from qmpd.machine import Machine
+from qmpd.machine import Machine, Publish
 from qmpd.migration import capabilities, incoming
 from qmpd.migration.addresses import TcpAddress, TcpRange
 from qmpd.migration.capabilities import Agreed, Dials
@@ -26,10 +28,12 @@ from qmpd.migration.protocol import Acceptance, DiskAccepted, DiskOffer, Endpoin
 from qmpd.migration.qemu import ask_map, run_state
 from qmpd.migration.shipping import mark_of, node_of
 from qmpd.migration.tls import ServerTls
-from qmpd.plan import BlankImage
+from qmpd.plan import BlankImage, without_forwards
+from qmpd.plan.disks import disk_path
 from qmpd.power import EFFECT_DEADLINE_S
 from qmpd.settings import Peer, Settings
 from qmpd.spec import BlankDisk, ImageDisk, MachineSpec
+from qmpd.storage import examine
 
 MIB: Final = 1024 * 1024
 #: As libvirt and others have it: enough for switches that learn slowly, gone within seconds (times in milliseconds).
@@ -42,14 +46,13 @@ _log = logging.getLogger(__name__)
 Planner = Callable[[MachineSpec], Awaitable[Launch]]
 
 
-class Ready(msgspec.Struct, frozen=True, kw_only=True):
-    """How a machine could be here: its definition with the paths of this host, how it is launched, and how each disk comes.
+class Arranged(msgspec.Struct, frozen=True, kw_only=True):
+    """How a machine will be here: its definition with the paths of this host, and how each disk comes.
 
     `made` are images that are made outside of the machine's own directory.
     """
 
     spec: MachineSpec
-    launch: Launch
     disks: tuple[DiskAccepted, ...] = ()
     made: tuple[BlankImage, ...] = ()
 
@@ -57,46 +60,62 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True):
 class Reception:
     """Receives machines on one host."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, paths: Callable[[str], MachinePaths], publish: Publish) -> None:
         self._settings = settings
+        self._paths = paths
+        self._publish = publish
 
-    async def ready(self, offer: Offer, spec: MachineSpec, planner: Planner) -> Ready:
-        """How this machine could be here.
+    async def arranged(self, offer: Offer, spec: MachineSpec) -> Arranged:
+        """Which disks both hosts see and which are copied, and the definition with the paths of those here. Changes nothing.
 
         Raises:
-            CannotMove: it cannot.
+            CannotMove: a disk cannot come like this.
+        """
+        return await asyncio.to_thread(self._arranged, offer, spec)
+
+    async def launch(self, offer: Offer, spec: MachineSpec, planner: Planner) -> Launch:
+        """How the machine is launched here, to take its state in. Its images must be there.
+
+        Raises:
+            CannotMove: it would be another machine here.
             Invalid: all that is wrong with its definition on this host.
         """
-        disks, made, spec = await asyncio.to_thread(self._disks, offer, spec)
-        launch = await planner(msgspec.structs.replace(spec, accel=offer.accel))
+        launch = await planner(without_forwards(msgspec.structs.replace(spec, accel=offer.accel)))
         if launch.machine != offer.machine:
             raise CannotMove(f"the machine is a {offer.machine} there, and would be a {launch.machine} here")
-        return Ready(spec=spec, launch=launch, disks=disks, made=made)
+        return launch
 
-    def _disks(self, offer: Offer, spec: MachineSpec) -> tuple[tuple[DiskAccepted, ...], tuple[BlankImage, ...], MachineSpec]:
-        """Which disks both hosts see, and which are copied; and the definition with the paths of those. Blocks."""
+    def _arranged(self, offer: Offer, spec: MachineSpec) -> Arranged:
         accepted, made, disks = [], [], list(spec.disks)
+        paths = [disk_path(spec, self._paths(spec.name), index) for index in range(len(disks))]
         for wanted in offer.disks:
             if wanted.index >= len(disks):
                 raise CannotMove(f"disk {wanted.index} is offered, and the definition has only {len(disks)}")
             disk = disks[wanted.index]
             if _is_shared(wanted, disk):
-                accepted.append(DiskAccepted(index=wanted.index, how="shared"))
+                accepted.append(DiskAccepted(index=wanted.index, how="shared", path=paths[wanted.index]))
                 continue
-            accepted.append(DiskAccepted(index=wanted.index, how="copy", export=node_of(wanted.index)))
             if isinstance(disk, ImageDisk):
                 disk = msgspec.structs.replace(disk, path=wanted.path or disk.path, format=wanted.format or disk.format)
-                if Path(disk.path).exists():
-                    raise CannotMove(f"disk {wanted.index} is to be copied to {disk.path}, which exists here: name another path for it")
-                made.append(BlankImage(path=disk.path, format=disk.format, size_mib=-(-wanted.virtual_bytes // MIB)))
+                self._check_target(wanted.index, disk.path)
+                made.append(BlankImage(path=disk.path, format=disk.format, size_bytes=wanted.virtual_bytes))
             disks[wanted.index] = disk
-        return tuple(accepted), tuple(made), msgspec.structs.replace(spec, disks=tuple(disks))
+            there = disk.path if isinstance(disk, ImageDisk) else paths[wanted.index]
+            accepted.append(DiskAccepted(index=wanted.index, how="copy", path=there, export=node_of(wanted.index)))
+        return Arranged(spec=msgspec.structs.replace(spec, disks=tuple(disks)), disks=tuple(accepted), made=tuple(made))
+
+    def _check_target(self, index: int, path: str) -> None:
+        found = examine([path], self._settings.pools)[path]
+        if found.kind == "denied" or (found.refusal and found.kind != "file"):
+            raise CannotMove(f"disk {index} cannot be copied to {path}: {found.refusal or 'permission denied'}")
+        if found.kind != "missing":
+            raise CannotMove(f"disk {index} is to be copied to {path}, which exists here: name another path for it")
 
     async def look(self, machine: Machine) -> Before:
         """How QEMU is before anything is changed in it."""
         return Before(dials=await capabilities.read(machine.session), run_state=await run_state(machine.session))
 
-    async def listen(self, machine: Machine, offer: Offer, ready: Ready, peer: Peer) -> Acceptance:
+    async def listen(self, machine: Machine, offer: Offer, arranged: Arranged, launch: Launch, peer: Peer) -> Acceptance:
         """Has QEMU listen for the peer, and for nobody else.
 
         Raises:
@@ -105,14 +124,14 @@ class Reception:
         """
         ports = self._settings.migration_port_range
         where = TcpRange(host=self._settings.migration_host, first=ports.start, last=ports.stop - 1)
-        copied = tuple(disk.export for disk in ready.disks if disk.export is not None)
+        copied = tuple(disk.export for disk in arranged.disks if disk.export is not None)
         wanted = Listen(
             memory=where,
             disks_at=where if copied else None,
             disks=copied,
             tls=ServerTls(directory=await asyncio.to_thread(directory, self._settings.pki_dir), admits=distinguished_name(peer)),
-            agreed=Agreed(channels=offer.channels, postcopy=offer.postcopy),
-            stays=STAYS in ready.launch.features,
+            agreed=Agreed(channels=offer.channels),
+            stays=STAYS in launch.features,
         )
         found = await incoming.listen(machine.session, wanted)
         if not isinstance(found.memory, TcpAddress):
@@ -121,10 +140,9 @@ class Reception:
         return Acceptance(
             id=offer.id,
             endpoint=Endpoint(host=found.memory.host, port=found.memory.port, tls_name=peer.owner, nbd_port=nbd),
-            disks=ready.disks,
+            disks=arranged.disks,
             channels=offer.channels,
-            postcopy=offer.postcopy,
-            emulator_version=ready.launch.emulator_version,
+            emulator_version=launch.emulator_version,
         )
 
     async def received(self, machine: Machine) -> None:
@@ -171,6 +189,9 @@ class Reception:
             if before is not None:
                 await incoming.settle(machine.session, before)
             await machine.session.execute("announce-self", _ANNOUNCEMENT)
+            for warning in (await remake(machine.session, machine.definition.spec)).warnings:
+                _log.warning("port is not forwarded", extra={"machine": machine.name, "reason": warning})
+                self._publish("machine.forward-lost", machine.name, {"reason": warning})
         except QmpdError as error:
             _log.warning("after a migration something was not put back", extra={"machine": machine.name, "error": error.message})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -11,7 +12,7 @@ from typing import Final, Literal
 import msgspec
 
 from qmpd.credentials import directory
-from qmpd.errors import CannotMove, MonitorUnavailable, QmpdError
+from qmpd.errors import CannotMove, MigrationFailed, MonitorUnavailable, Problem, QmpdError, invalid
 from qmpd.facts import MachinePaths
 from qmpd.jobs import Report
 from qmpd.lifecycle import AT_REST, State
@@ -19,7 +20,9 @@ from qmpd.machine import Machine
 from qmpd.migration import outgoing
 from qmpd.migration.addresses import TcpAddress
 from qmpd.migration.capabilities import Agreed
+from qmpd.migration.convergence import Abilities, Abort, Decision, Pause, Postcopy, Set, Tuner, opening, unattainable
 from qmpd.migration.ledger import Entry
+from qmpd.migration.measuring import sample_of
 from qmpd.migration.mirror import DiskCopy
 from qmpd.migration.outgoing import Before, Outgoing, recall
 from qmpd.migration.progress import Progress as Figures
@@ -37,31 +40,54 @@ MIB: Final = 1024 * 1024
 REPORT_S: Final = 0.5
 #: The monitor of a QEMU that lives comes back within a second, unless its main loop is blocked.
 MONITOR_S: Final = 30.0
+#: Set on both sides alike, and so agreed on.
+_POSTCOPY: Final = "postcopy-ram"
 #: QEMU's run states on the way out, which say nothing of what the guest did before.
 _LEAVING: Final = frozenset({"finish-migrate", "postmigrate"})
 
+_log = logging.getLogger(__name__)
+
 
 class Shipment:
-    """One machine's QEMU on its way. `went`: the guest ran when it was halted."""
+    """One machine's QEMU on its way, kept to its goal. `went`: the guest ran when it was halted to leave."""
 
-    def __init__(self, machine: Machine, out: Outgoing, report: Report, goal: Goal) -> None:
+    def __init__(self, machine: Machine, out: Outgoing, report: Report, tuner: Tuner) -> None:
         self.went = machine.state is State.RUNNING
-        self.figures = Figures()
+        self.figures = self.last_copied = Figures()
+        self.tuner = tuner
         self._machine = machine
         self._outgoing = out
         self._report = report
-        self._goal = goal
+        self._halted = False
         self._began = asyncio.get_running_loop().time()
-        self._reported = 0.0
+        self._reported = -REPORT_S
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since it began."""
+        return asyncio.get_running_loop().time() - self._began
 
     async def prepare(self) -> None:
         """Sets QEMU, and begins to copy disks."""
         await self._outgoing.prepare()
 
     async def send(self) -> None:
-        """Copies disks and memory; the guest is halted, and has arrived, when this returns."""
+        """Copies disks and memory; the guest is halted, and has arrived, when this returns.
+
+        Raises:
+            MigrationFailed: it failed, or the goal says to give up.
+        """
         await self._outgoing.send(self._progressed)
         await self._outgoing.switch_over()
+
+    async def change(self, goal: Goal) -> None:
+        """Another goal from now on. Raises Invalid if it asks for what this migration began without."""
+        try:
+            decisions = self.tuner.change(goal, self.elapsed_s)
+        except ValueError as error:
+            raise invalid([Problem(path="$.then" if "postcopy" in str(error) else "$.auto_converge", message=str(error))]) from error
+        for decision in decisions:
+            await self._do(decision)
 
     async def measured(self) -> Figures:
         """What it took in the end; what was known last where QEMU does not say."""
@@ -70,43 +96,43 @@ class Shipment:
         return self.figures
 
     async def _progressed(self, figures: Figures) -> None:
-        if self._machine.status not in _LEAVING:
+        if self._machine.status not in _LEAVING and not self._halted:
             self.went = self._machine.state is State.RUNNING
         self.figures = figures
-        now = asyncio.get_running_loop().time()
-        if now - self._reported >= REPORT_S:
-            self._reported = now
-            await self._report(progress_of("memory" if figures.total_bytes else "disks", figures, now - self._began))
+        if figures.disks:
+            self.last_copied = figures
+        for decision in self.tuner.decide(sample_of(figures, self.elapsed_s)):
+            await self._do(decision)
+        if self.elapsed_s - self._reported >= REPORT_S:
+            self._reported = self.elapsed_s
+            await self._report(progress_of(self.tuner.progress("memory" if figures.total_bytes else "disks")))
+
+    async def _do(self, decision: Decision) -> None:
+        _log.info("migration tuned", extra={"machine": self._machine.name, "decision": type(decision).__name__, "reason": decision.reason})
+        match decision:
+            case Set():
+                await self._outgoing.tune(decision.parameters)
+            case Pause():
+                self._halted = True
+                await self._machine.session.execute("stop")
+            case Postcopy():
+                await self._machine.session.execute("migrate-start-postcopy")
+            case Abort():
+                raise MigrationFailed(decision.reason)
 
 
-def progress_of(phase: str, figures: Figures, elapsed_s: float) -> Progress:
-    """The figures as a job's progress."""
-    disks = sum(disk.total_bytes for disk in figures.disks)
-    copied = sum(disk.done_bytes for disk in figures.disks)
-    total = figures.total_bytes + disks
-    left = figures.remaining_bytes + disks - copied
-    rate = float(figures.bytes_per_s) or None
+def progress_of(migration: MigrationProgress) -> Progress:
+    """The figures of a migration as a job's progress."""
+    total = migration.memory_total_bytes + migration.disk_total_bytes
+    left = migration.memory_remaining_bytes + migration.disk_remaining_bytes
     return Progress(
-        phase=phase,
+        phase=migration.phase,
         done=float(total - left),
         total=float(total) or None,
         unit="bytes",
-        rate=rate,
-        migration=MigrationProgress(
-            phase=phase,
-            memory_total_bytes=figures.total_bytes,
-            memory_remaining_bytes=figures.remaining_bytes,
-            transferred_bytes=figures.transferred_bytes,
-            disk_total_bytes=disks,
-            disk_remaining_bytes=disks - copied,
-            bandwidth_mib_s=figures.bytes_per_s / MIB if figures.bytes_per_s else None,
-            dirty_mib_s=figures.dirty_bytes_per_s / MIB,
-            passes=figures.passes,
-            throttle_percent=figures.throttle_percent,
-            expected_downtime_ms=float(figures.expected_downtime_ms) if figures.expected_downtime_ms else None,
-            downtime_ms=float(figures.downtime_ms) if figures.downtime_ms else None,
-            elapsed_s=elapsed_s,
-        ),
+        rate=None if migration.bandwidth_mib_s is None else migration.bandwidth_mib_s * MIB,
+        eta_s=migration.eta_s,
+        migration=migration,
     )
 
 
@@ -178,6 +204,10 @@ class Shipping:
         if endpoint is None or entry.before is None:
             raise CannotMove("the peer named no port to send to")
         host = peer.migration_address or peer.host
+        abilities = Abilities(auto_converge="auto-converge" in entry.before.dials.capabilities, postcopy=accepted.postcopy)
+        if (obstacle := unattainable(goal, abilities)) is not None:
+            raise CannotMove(obstacle)
+        begun = opening(goal, abilities)
         copied = [disk for disk in accepted.disks if disk.how == "copy" and disk.export is not None]
         wanted = outgoing.Sending(
             memory=TcpAddress(host=host, port=endpoint.port),
@@ -185,11 +215,12 @@ class Shipping:
             disks=tuple(DiskCopy(node=node_of(disk.index), export=disk.export) for disk in copied if disk.export is not None),
             tls=ClientTls(directory=await asyncio.to_thread(directory, self._pki_dir), hostname=peer.owner),
             agreed=Agreed(channels=accepted.channels, postcopy=accepted.postcopy),
-            parameters={"downtime-limit": goal.downtime_ms},
+            helping=tuple(name for name in begun.capabilities if name != _POSTCOPY),
+            parameters=dict(begun.parameters),
             bytes_per_s=None if goal.bandwidth_mib_s is None else goal.bandwidth_mib_s * MIB,
         )
         async with Outgoing(machine.session, wanted, entry.before) as out:
-            yield Shipment(machine, out, report, goal)
+            yield Shipment(machine, out, report, Tuner(goal, abilities))
 
     async def recall(self, machine: Machine, entry: Entry) -> None:
         """Puts a machine's QEMU back to what it was before its migration began, from wherever that got to, and its guest with it."""
@@ -200,13 +231,19 @@ class Shipping:
             raise MonitorUnavailable(f"machine {machine.name!r} is {machine.state}")
         await recall(machine.session, entry.before)
 
-    def moved(self, machine: Machine, accepted: Acceptance) -> tuple[MovedDisk, ...]:
-        """What became of the disks."""
-        spec, paths = machine.definition.spec, self._paths(machine.name)
-        return tuple(
-            MovedDisk(disk=disk.index, how="copied" if disk.how == "copy" else "shared", path=disk_path(spec, paths, disk.index))
-            for disk in accepted.disks
+
+def moved(accepted: Acceptance, figures: Figures) -> tuple[MovedDisk, ...]:
+    """What became of the disks."""
+    sent = {disk.node: disk.done_bytes for disk in figures.disks}
+    return tuple(
+        MovedDisk(
+            disk=disk.index,
+            how="copied" if disk.how == "copy" else "shared",
+            path=disk.path,
+            bytes=sent.get(node_of(disk.index), 0) if disk.how == "copy" else 0,
         )
+        for disk in accepted.disks
+    )
 
 
 def node_of(index: int) -> str:

@@ -21,13 +21,14 @@ from qmpd.jobs import Report
 from qmpd.journal import timestamp, utc_now
 from qmpd.lifecycle import State
 from qmpd.machine import Machine, Publish
+from qmpd.migration.convergence import revised
 from qmpd.migration.delivery import AGAIN_S, DOUBT_S, LONGEST_AGAIN_S, Deliveries, Departure, asked, code_of
 from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.outgoing import Before
 from qmpd.migration.phases import FIRST, KEEPABLE, Phase, Step
 from qmpd.migration.protocol import Acceptance, DiscardRequest, LoadedRequest, Offer, Standing
-from qmpd.migration.shipping import Shipment, Shipping
-from qmpd.migrationviews import MigrateRequest, MigrationReport
+from qmpd.migration.shipping import Shipment, Shipping, moved
+from qmpd.migrationviews import GoalChanges, MigrateRequest, MigrationReport
 from qmpd.peering import Peering
 from qmpd.peers import PeerDaemon
 from qmpd.record import Given
@@ -78,6 +79,7 @@ class Departures:
         """
         peer = self._peering.peers.receiver(request.peer)
         departure = Departure(secrets.token_hex(8), machine)
+        departure.job = report.job
         departure.hold()
         try:
             machine.require(MOVABLE, "migrate")
@@ -90,7 +92,6 @@ class Departures:
         self._publish("migration.began", machine.name, {"migration": entry.id, "peer": peer.name})
         async with self._peering.dial(peer) as link:
             accepted, shipment = await self._shipped(departure, peer, link, request, report)
-            disks = self._shipping.moved(machine, accepted)
             figures = await shipment.measured()
             await self._deliveries.deliver(departure, link)
         return MigrationReport(
@@ -105,8 +106,29 @@ class Departures:
             downtime_ms=float(figures.downtime_ms),
             transferred_bytes=figures.transferred_bytes,
             passes=figures.passes,
-            disks=disks,
+            tuned=tuple(shipment.tuner.tuned),
+            disks=moved(accepted, shipment.last_copied),
         )
+
+    async def tune(self, machine: Machine, changes: GoalChanges) -> str:
+        """Gives a migration that is under way another goal; its id.
+
+        Raises:
+            WrongState: none is, or it has got too far.
+            Invalid: the goal asks for what it began without.
+        """
+        departure = self._of(machine)
+        if departure is None or departure.shipment is None or departure.giving:
+            raise WrongState(f"no migration of machine {machine.name!r} can be tuned now", state=str(machine.state), allowed=[])
+        await departure.shipment.change(revised(departure.shipment.tuner.goal, changes))
+        return departure.migration
+
+    def under_way(self, migration: str) -> Departure | None:
+        """What is under way of a migration."""
+        return self._departures.get(migration)
+
+    def _of(self, machine: Machine) -> Departure | None:
+        return next((one for one in self._departures.values() if one.machine is machine), None)
 
     async def resolve(self, machine: Machine) -> None:
         """Takes a machine back that was given away, on the word of somebody who knows that the other host does not run it.
@@ -114,7 +136,7 @@ class Departures:
         Raises:
             WrongState: it was not given away.
         """
-        departure = next((one for one in self._departures.values() if one.machine is machine), None)
+        departure = self._of(machine)
         if departure is None or self._ledger.get(departure.migration).phase is not Phase.GIVEN:
             raise WrongState(f"machine {machine.name!r} was not given away", state=str(machine.state), allowed=[str(Phase.GIVEN)])
         departure.decided.set()
@@ -192,6 +214,7 @@ class Departures:
             accepted = await self._accepted(link, self._ledger.get(migration).offer)
             entry = await self._ledger.step(migration, Step.ACCEPTED)
             async with self._shipping.shipment(machine, entry, accepted, peer, request.goal, report) as shipment:
+                departure.shipment = shipment
                 await shipment.prepare()
                 await self._ledger.step(migration, Step.PERFORM)
                 await shipment.send()

@@ -16,7 +16,7 @@ from qmpd.migration.protocol import Acceptance, DiscardRequest, Handover, Loaded
 from qmpd.migration.reception import Planner, Reception
 from qmpd.migration.shipping import Shipping
 from qmpd.migration.source import MOVABLE, Departures
-from qmpd.migrationviews import MigrateRequest, MigrationList, MigrationView, Owner, ResolveRequest
+from qmpd.migrationviews import GoalChanges, MigrateRequest, MigrationList, MigrationView, Owner, ResolveRequest
 from qmpd.peering import Peering
 from qmpd.registry import Registry
 from qmpd.settings import Settings
@@ -54,7 +54,7 @@ class Migration:
             registry=registry,
             ledger=ledger,
             planner=planner,
-            reception=Reception(settings),
+            reception=Reception(settings, registry.paths, publish),
             peering=peering,
             tasks=self._tasks,
             publish=publish,
@@ -86,6 +86,16 @@ class Migration:
     def list(self, machine: str | None = None) -> MigrationList:
         """The migrations to and from this host, newest first."""
         return MigrationList(migrations=tuple(self._view(entry) for entry in self._ledger.all() if machine in (None, entry.machine)))
+
+    async def tune(self, name: str, changes: GoalChanges) -> MigrationView:
+        """Gives a migration that is under way another goal.
+
+        Raises:
+            WrongState: none of this machine is under way here.
+            Invalid: the goal asks for what the migration began without.
+        """
+        migration = await self._departures.tune(self._registry.get(name), changes)
+        return self._view(self._ledger.get(migration))
 
     async def resolve(self, name: str, request: ResolveRequest) -> MigrationView:
         """Does what a person has decided who knows what became of the other side.
@@ -156,6 +166,8 @@ class Migration:
 
     def _view(self, entry: Entry) -> MigrationView:
         problem = (self._departures if entry.role == "source" else self._arrivals).standing(entry).problem
+        departure = self._departures.under_way(entry.id)
+        tuner = departure.shipment.tuner if departure is not None and departure.shipment is not None else None
         undecided = entry.phase in {Phase.GIVEN, Phase.LOADED}
         return MigrationView(
             id=entry.id,
@@ -166,6 +178,9 @@ class Migration:
             owner="unknown" if undecided and problem else _OWNERS[entry.phase],
             cancellable=entry.role == "source" and entry.phase in KEEPABLE,
             doubt=problem or None,
+            job=departure.job if departure is not None else None,
+            goal=tuner.goal if tuner is not None else None,
+            progress=tuner.progress(str(entry.phase)) if tuner is not None else None,
             began_at=entry.began_at,
             ended_at=entry.changed_at if entry.phase in ENDED else None,
         )

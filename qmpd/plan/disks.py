@@ -12,6 +12,7 @@ from qmpd.plan.launch import BlankImage
 from qmpd.plan.resolution import Resolved, disk_bus, on_bus
 from qmpd.spec import BlankDisk, BootDevice, Disk, DiskErrors, ImageDisk, MachineSpec
 
+MIB: Final = 1024 * 1024
 #: The devices that can halt the guest when their image fails. All others give every error to the guest.
 HALTING: Final = frozenset(
     {"ide-cd", "ide-hd", "scsi-cd", "scsi-hd", "usb-storage", "virtio-blk-ccw", "virtio-blk-device", "virtio-blk-pci"}
@@ -39,7 +40,7 @@ def image_path(machine: Resolved, index: int) -> str:
 def blank_images(machine: Resolved) -> tuple[BlankImage, ...]:
     """The images qmpd has to make."""
     return tuple(
-        BlankImage(path=image_path(machine, index), format=disk.format, size_mib=disk.size_mib)
+        BlankImage(path=image_path(machine, index), format=disk.format, size_bytes=disk.size_mib * MIB)
         for index, disk in enumerate(machine.spec.disks)
         if isinstance(disk, BlankDisk)
     )

@@ -48,7 +48,7 @@ class BlankImage(Facts, frozen=True, kw_only=True):
 
     path: str
     format: Literal["raw", "qcow2"]
-    size_mib: int
+    size_bytes: int
 
 
 class Copy(Facts, frozen=True, kw_only=True):

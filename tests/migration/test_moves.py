@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -11,12 +12,14 @@ import msgspec
 import pytest
 
 from qmpd.access import OURSELVES, Caller
-from qmpd.errors import Forbidden, Held, NotFound, WrongState
+from qmpd.errors import Forbidden, Held, Invalid, NotFound, WrongState
+from qmpd.forwards import in_force
 from qmpd.lifecycle import State
 from qmpd.migration.phases import Phase
 from qmpd.migration.protocol import DiscardRequest, Handover
-from qmpd.migrationviews import Goal, MigrateRequest, MigrationReport
+from qmpd.migrationviews import DiskChoice, Goal, GoalChanges, MigrateRequest, MigrationReport
 from qmpd.settings import Peer
+from qmpd.spec import Forward, ImageDisk, UserNic
 from qmpd.views import JobView, MachineView, QmpRequest, StartRequest
 from tests.api.lab import Daemon, authority, daemon, host, peer, port
 from tests.guests.build import Guest
@@ -186,4 +189,45 @@ async def test_what_a_peer_says_of_a_migration_that_is_not_its_own_is_not_heard(
         discarded = await b.service.migration.discard(source, report.id, DiscardRequest(reason="too late"))
         assert discarded.phase is Phase.ARRIVED
         assert b.service.machine("counter").state is State.RUNNING
+        await b.service.kill("counter")
+
+
+async def test_a_migration_gets_another_goal_while_it_is_under_way(short_directory: Path, counting: Guest) -> None:
+    async with pair(short_directory) as (a, b):
+        full, there = short_directory / "full.raw", short_directory / "there.raw"
+        full.write_bytes(random.Random(1).randbytes(32 << 20))
+        spec = spec_of(counting, "counter")
+        full_disk = ImageDisk(path=str(full), format="raw")
+        await a.service.create(msgspec.structs.replace(spec, disks=(*spec.disks, full_disk)), start=True)
+        choice = DiskChoice(disk=1, how="copy", path=str(there))
+        slow = MigrateRequest(peer="b", goal=Goal(bandwidth_mib_s=1), disks=(choice,))
+        job = await a.service.migration.migrate("counter", slow)
+        async with asyncio.timeout(HUNG_S):
+            while (await a.service.job(job.id)).progress.migration is None:
+                await asyncio.sleep(LOOK_S)
+        with pytest.raises(Invalid, match="postcopy"):
+            await a.service.migration.tune("counter", GoalChanges(then="postcopy"))
+        view = await a.service.migration.tune("counter", GoalChanges(bandwidth_mib_s=0))
+        assert view.goal == Goal()
+        assert view.job == job.id
+        report = msgspec.convert((await ended(a, job)).result, MigrationReport)
+        assert [tuning.reason for tuning in report.tuned] == ["the goal was changed"]
+        assert there.read_bytes() == full.read_bytes()
+        with pytest.raises(WrongState):
+            await b.service.migration.tune("counter", GoalChanges(downtime_ms=100))
+        await b.service.kill("counter")
+
+
+async def test_ports_are_forwarded_where_the_machine_is(short_directory: Path, counting: Guest) -> None:
+    nic = UserNic(forwards=(Forward(guest_port=22),))
+    async with pair(short_directory) as (a, b):
+        await a.service.create(spec_of(counting, "counter", nics=(nic,)), start=True)
+        (before,) = await in_force(a.service._registry.get("counter").session, a.service.definition("counter").spec)
+        await moved(a, "counter", "b")
+        there = b.service._registry.get("counter")
+        async with asyncio.timeout(HUNG_S):
+            while not (found := await in_force(there.session, there.definition.spec)):
+                await asyncio.sleep(LOOK_S)
+        assert [(forward.guest_port, forward.protocol) for forward in found] == [(22, "tcp")]
+        assert before.guest_port == 22
         await b.service.kill("counter")

@@ -26,6 +26,8 @@ from tests.guests.build import Guest
 from tests.machines import spec_of
 from tests.qemu.byhand import PATIENCE_S, client, listening, started
 
+MIB = 1024 * 1024
+
 pytestmark = pytest.mark.qemu
 
 UUID = "0d9d3b6c-35d5-4f49-9d0c-3a2f2b1f6a11"
@@ -73,7 +75,7 @@ async def listening_at(name: str, path: Path) -> None:
 
 async def test_what_it_is_becomes_a_definition(service: Service, guest: Guest, place: Path) -> None:
     path, disk = place / "q", place / "d.qcow2"
-    await make((BlankImage(path=str(disk), format="qcow2", size_mib=1),), ())
+    await make((BlankImage(path=str(disk), format="qcow2", size_bytes=MIB),), ())
     given = [
         "-nodefaults", "-machine", "q35", "-accel", "tcg", "-m", "96", "-smp", "2", "-cpu", "qemu64", "-display", "none",
         "-kernel", str(guest.file), "-append", "one two", "-drive", "file=d.qcow2,format=qcow2,if=none,id=d0",

@@ -21,6 +21,8 @@ from qmpd.storage import examine, make, make_place, mark_finished, paths_of, rem
 from tests.process.emulator import names
 from tests.unit.toy import spec_of
 
+MIB = 1024 * 1024
+
 EVERYWHERE = ("/",)
 
 
@@ -180,8 +182,8 @@ async def test_images_and_copies_are_made_once(tmp_path: Path) -> None:
     template.write_bytes(b"variables")
     own = tmp_path / "own"
     blank = [
-        BlankImage(path=f"{own}/disk0.raw", format="raw", size_mib=3),
-        BlankImage(path=f"{own}/disk1.qcow2", format="qcow2", size_mib=5),
+        BlankImage(path=f"{own}/disk0.raw", format="raw", size_bytes=3 * MIB),
+        BlankImage(path=f"{own}/disk1.qcow2", format="qcow2", size_bytes=5 * MIB),
     ]
     copies = [Copy(source=str(template), target=f"{own}/vars.fd")]
     await make(blank, copies)
@@ -209,7 +211,7 @@ async def test_what_the_host_refuses_is_told(tmp_path: Path) -> None:
         await make([], [Copy(source=str(tmp_path / "gone"), target=str(tmp_path / "vars.fd"))])
     (tmp_path / "file").touch()
     with pytest.raises(HostError, match=r"file/disk0\.raw"):
-        await make([BlankImage(path=str(tmp_path / "file" / "disk0.raw"), format="raw", size_mib=1)], [])
+        await make([BlankImage(path=str(tmp_path / "file" / "disk0.raw"), format="raw", size_bytes=MIB)], [])
     with pytest.raises(HostError, match=r"file/vars\.fd"):
         await make([], [Copy(source=str(tmp_path / "file"), target=str(tmp_path / "file" / "vars.fd"))])
 
@@ -217,7 +219,7 @@ async def test_what_the_host_refuses_is_told(tmp_path: Path) -> None:
 async def test_an_image_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / ".disk0.qcow2.new").symlink_to("/dev/full")
     with pytest.raises(NoSpace, match="No space left"):
-        await make([BlankImage(path=str(tmp_path / "disk0.qcow2"), format="qcow2", size_mib=1)], [])
+        await make([BlankImage(path=str(tmp_path / "disk0.qcow2"), format="qcow2", size_bytes=MIB)], [])
     assert names(tmp_path) == set()
 
 
@@ -239,7 +241,7 @@ async def test_a_host_without_a_working_qemu_img_is_told(
         (tools / "qemu-img").chmod(0o755)
     monkeypatch.setenv("PATH", str(tools))
     with pytest.raises(kind, match=message):
-        await make([BlankImage(path=str(tmp_path / "own" / "disk0.qcow2"), format="qcow2", size_mib=1)], [])
+        await make([BlankImage(path=str(tmp_path / "own" / "disk0.qcow2"), format="qcow2", size_bytes=MIB)], [])
     assert list((tmp_path / "own").iterdir()) == []
 
 

@@ -1,0 +1,68 @@
+"""Disks that move along: copied while their guest writes to them, or on storage that both hosts see."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from qmpd.lifecycle import State
+from qmpd.spec import BlankDisk
+from tests.api.lab import Daemon
+from tests.guests.build import Guest
+from tests.guests.ring import acknowledged, missing, read_ring
+from tests.machines import copy_of, spec_of
+from tests.migration.test_moves import HUNG_S, LOOK_S, moved, pair, printed
+
+pytestmark = pytest.mark.qemu
+
+
+async def written(there: Daemon, name: str, more: int) -> int:
+    """Waits until the guest has seen `more` further blocks written; the last one."""
+    before, now = await said(there, name), 0
+    async with asyncio.timeout(HUNG_S):
+        while now < before + more:
+            await asyncio.sleep(LOOK_S)
+            now = await said(there, name)
+    return now
+
+
+async def said(there: Daemon, name: str) -> int:
+    console = there.service.console(name, None)
+    await console.load()
+    _, output = await console.read(max(0, console.end - 4096), 4096)
+    return acknowledged(output[output.find(b"BLOCK") :]).last if b"BLOCK" in output else 0
+
+
+@pytest.mark.parametrize("how", ["shared", "copy"])
+async def test_no_block_is_lost_of_a_disk_that_moves(short_directory: Path, guests: dict[str, Guest], how: str) -> None:
+    guest = copy_of(guests["x86_64-pc-blocks"], short_directory)
+    target = guest.file if how == "shared" else short_directory / "there.raw"
+    choice = {"disk": 0, "how": how} | ({"path": str(target)} if how == "copy" else {})
+    async with pair(short_directory) as (a, b):
+        await a.service.create(spec_of(guest, "writer"), start=True)
+        await written(a, "writer", 30)
+        report = await moved(a, "writer", "b", disks=[choice])
+        (disk,) = report.disks
+        assert (disk.disk, disk.how, disk.path) == (0, "shared" if how == "shared" else "copied", str(target))
+        assert (disk.bytes > 0) is (how == "copy")
+        last = await written(b, "writer", 30)
+        await b.service.stop("writer")
+        ring = read_ring(target)
+        assert ring.newest >= last
+        assert ring.torn == ()
+        assert missing(ring, last) == ()
+        assert b.service.definition("writer").spec.disks[0].path == str(target)  # type: ignore[union-attr]
+
+
+async def test_a_disk_that_qmpd_made_moves_along_and_is_removed_where_it_was(short_directory: Path, guests: dict[str, Guest]) -> None:
+    spec = spec_of(guests["x86_64-q35-quiet"], "owner", disks=(BlankDisk(size_mib=16),))
+    async with pair(short_directory) as (a, b):
+        await a.service.create(spec, start=True)
+        await printed(a, "owner", 0)
+        await moved(a, "owner", "b")
+        assert b.service.machine("owner").state is State.RUNNING
+        assert not (short_directory / "a/s/machines/owner").exists()
+        assert (short_directory / "b/s/machines/owner/disk0.qcow2").exists()
+        await b.service.kill("owner")
