@@ -16,13 +16,13 @@ from qmpd.migration import capabilities, tls
 from qmpd.migration.addresses import Address, Listening, candidates, legacy_address, uri
 from qmpd.migration.capabilities import Agreed
 from qmpd.migration.progress import POSTCOPY, Progress
-from qmpd.migration.qemu import PREFIX, Qemu, ask_list, run_state
+from qmpd.migration.qemu import PREFIX, SINCE_8_2, Qemu, ask_list, has_command, run_state
 from qmpd.migration.tls import ServerTls
 from qmpd.migration.watch import Watch, watching
 
 #: A feature mark (`qmpd.schema`): a QEMU that can say why it failed, in place of exiting.
 STAYS: Final = "migrate-incoming.exit-on-error"
-#: How `query-named-block-nodes` and the NBD client call the export of a node.
+#: What QEMU says of an address that somebody else listens at.
 _TAKEN: Final = "in use"
 _T = TypeVar("_T")
 
@@ -109,6 +109,9 @@ async def _until(watch: Watch, wanted: frozenset[str], report: Callable[[Progres
 async def end_exports(qemu: Qemu) -> None:
     """Takes the disks back from the network; the source has let go of them. Does nothing where that was done before.
 
+    A QEMU before 8.2 keeps its NBD server, without a disk in it, as long as it lives: `nbd-server-stop` waits for callers that have not
+    said who they are, and with its whole main loop, so that it never hears them.
+
     Raises:
         QemuRefused: a client is still connected.
     """
@@ -116,7 +119,7 @@ async def end_exports(qemu: Qemu) -> None:
     ours = [name for name in exports if name.startswith(PREFIX)]
     for name in ours:
         await qemu.execute("block-export-del", {"id": name})
-    if ours and len(ours) == len(exports):
+    if ours and len(ours) == len(exports) and await has_command(qemu, SINCE_8_2):
         await qemu.execute("nbd-server-stop")
 
 
@@ -136,8 +139,8 @@ async def _export(qemu: Qemu, wanted: Listen) -> Address:
     protection: Mapping[str, object] = {} if wanted.tls is None else {"tls-creds": tls.CREDENTIALS, "tls-authz": tls.AUTHORIZATION}
 
     async def serve(address: Address) -> None:
-        # One connection for each disk: nobody else has any business here.
-        await qemu.execute("nbd-server-start", {"addr": legacy_address(address), **protection, "max-connections": len(wanted.disks)})
+        # Not limited to one connection for each disk: a caller that says nothing would take the place of the one that is awaited.
+        await qemu.execute("nbd-server-start", {"addr": legacy_address(address), **protection})
 
     found = await _first_free(wanted.disks_at, serve)
     for node in wanted.disks:

@@ -21,7 +21,7 @@ from qmpd.errors import MigrationFailed, QemuRefused, QemuSilent
 from qmpd.migration import tls
 from qmpd.migration.addresses import Address, socket_address
 from qmpd.migration.progress import DiskProgress
-from qmpd.migration.qemu import IMPATIENT_S, PREFIX, Qemu, ask_list, execute_or_yank, yank
+from qmpd.migration.qemu import IMPATIENT_S, PREFIX, SINCE_8_2, Qemu, ask_list, execute_or_yank, has_command, yank
 from qmpd.migration.tls import ClientTls
 from qmpd.migration.watch import Watch, watching
 
@@ -29,7 +29,10 @@ from qmpd.migration.watch import Watch, watching
 STALL_LIMIT_S: Final = 20.0
 #: A job that was told to end, and whose connection was broken, has nothing left to wait for.
 END_LIMIT_S: Final = 60.0
-_SWITCHED: Final = "block-job-change"
+#: A server that does not greet us by then is not there. QEMU waits for it with its whole main loop, and `yank` cannot help yet.
+OPEN_LIMIT_S: Final = 5
+#: Then it says so itself, a moment later.
+OPEN_DEADLINE_S: Final = 15.0
 
 
 class DiskCopy(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,10 +80,10 @@ class Mirrors:
         """
         if self._at is None and self._disks:
             raise MigrationFailed("disks are to be copied, and there is no address to copy them to")
-        switches = _SWITCHED in {str(item.get("name")) for item in await ask_list(self._qemu, "query-commands")}
+        switches = await has_command(self._qemu, SINCE_8_2)
         self._following = not switches
         for name, disk in self._disks.items():
-            await execute_or_yank(self._qemu, "blockdev-add", self._target(name, disk), name)
+            await self._qemu.execute("blockdev-add", self._target(name, disk), deadline_s=OPEN_DEADLINE_S)
             job: dict[str, object] = {
                 "job-id": name,
                 "device": disk.node,
@@ -89,7 +92,7 @@ class Mirrors:
                 "auto-dismiss": False,
             }
             job |= {"copy-mode": "background" if switches else "write-blocking", "speed": bytes_per_s or 0}
-            await execute_or_yank(self._qemu, "blockdev-mirror", job, name)
+            await execute_or_yank(self._qemu, "blockdev-mirror", job)
 
     async def until_following(self, watch: Watch) -> tuple[DiskProgress, ...] | None:
         """Waits for the next news; None when every copy follows every write.
@@ -109,7 +112,7 @@ class Mirrors:
         if self._following:
             return
         for name in self._disks:
-            await self._qemu.execute(_SWITCHED, {"id": name, "type": "mirror", "copy-mode": "write-blocking"})
+            await self._qemu.execute(SINCE_8_2, {"id": name, "type": "mirror", "copy-mode": "write-blocking"})
         self._following = True
 
     async def check(self) -> dict[str, _Job]:
@@ -148,7 +151,7 @@ class Mirrors:
         """
         for name in self._disks:
             # Not `job-cancel`, which throws away what is not written yet.
-            await self._qemu.execute("block-job-cancel", {"device": name}, deadline_s=IMPATIENT_S)
+            await execute_or_yank(self._qemu, "block-job-cancel", {"device": name})
         with watching(self._qemu) as watch:
             try:
                 async with asyncio.timeout(STALL_LIMIT_S):
@@ -160,12 +163,13 @@ class Mirrors:
                 raise MigrationFailed(f"the copies of the disks were not complete within {STALL_LIMIT_S:g} s") from error
         for name in self._disks:
             await self._qemu.execute("job-dismiss", {"id": name})
-            await execute_or_yank(self._qemu, "blockdev-del", {"node-name": name}, name)
+            await execute_or_yank(self._qemu, "blockdev-del", {"node-name": name})
 
     def _target(self, name: str, disk: DiskCopy) -> dict[str, object]:
         if self._at is None:
             raise MigrationFailed("there is no address to copy disks to")
         target: dict[str, object] = {"driver": "nbd", "node-name": name, "server": socket_address(self._at), "export": disk.export}
+        target["open-timeout"] = OPEN_LIMIT_S
         if self._tls is not None:
             target |= {"tls-creds": tls.CREDENTIALS, "tls-hostname": self._tls.hostname}
         return target
@@ -177,8 +181,7 @@ async def drop_all(qemu: Qemu) -> None:
     Raises:
         MigrationFailed: a job did not end, even without its connection.
     """
-    nodes = await _targets(qemu)
-    await yank(qemu, nodes=nodes)
+    await yank(qemu)
     with watching(qemu) as watch:
         try:
             async with asyncio.timeout(END_LIMIT_S):
@@ -187,7 +190,7 @@ async def drop_all(qemu: Qemu) -> None:
                         await _end(qemu, name, job, watch)
         except TimeoutError as error:
             raise MigrationFailed(f"the copies of the disks did not end within {END_LIMIT_S:g} s") from error
-    for name in nodes:
+    for name in await _targets(qemu):
         await qemu.execute("blockdev-del", {"node-name": name})
 
 
@@ -195,7 +198,7 @@ async def _end(qemu: Qemu, name: str, job: _Job, watch: Watch) -> None:
     if job.status != "concluded":
         with suppress(QemuRefused, QemuSilent):  # it may have failed meanwhile, now that its connection is broken
             await qemu.execute("block-job-cancel", {"device": name, "force": True}, deadline_s=IMPATIENT_S)
-        await yank(qemu, nodes=frozenset({name}))
+        await yank(qemu)
     if await _concluded(qemu, name, watch) is not None:
         await qemu.execute("job-dismiss", {"id": name})
 

@@ -18,6 +18,10 @@ PREFIX: Final = "qmpd-migration"
 IMPATIENT_S: Final = 3.0
 
 
+#: A command since QEMU 8.2.
+SINCE_8_2: Final = "block-job-change"
+
+
 class Qemu(Protocol):
     """A QEMU that answers its monitor, or may answer again."""
 
@@ -51,41 +55,46 @@ async def ask_list(qemu: Qemu, command: str, arguments: Mapping[str, object] | N
     return [item for item in answer if isinstance(item, dict)]
 
 
+async def has_command(qemu: Qemu, command: str) -> bool:
+    """Whether the QEMU that runs, whose file may have been replaced since, has a command."""
+    return command in {str(item.get("name")) for item in await ask_list(qemu, "query-commands")}
+
+
 async def run_state(qemu: Qemu) -> str:
     """QEMU's word for the state of the guest (`query-status`)."""
     return str((await ask_map(qemu, "query-status")).get("status"))
 
 
-async def yank(qemu: Qemu, *, migration: bool = False, nodes: frozenset[str] = frozenset()) -> bool:
-    """Breaks the connections of the migration and of these block nodes, whatever QEMU's main loop waits for.
+async def yank(qemu: Qemu, *, migration: bool = False) -> bool:
+    """Breaks the connections of all copies of disks and, if asked, of the migration, whatever QEMU's main loop waits for.
 
     Returns whether there was one to break.
     """
     answer = await qemu.execute_oob("query-yank")
-    instances = [found for found in answer if _is_meant(found, migration=migration, nodes=nodes)] if isinstance(answer, list) else []
+    instances = [found for found in answer if _is_meant(found, migration=migration)] if isinstance(answer, list) else []
     if instances:
         await qemu.execute_oob("yank", {"instances": instances})
     return bool(instances)
 
 
-def _is_meant(instance: object, *, migration: bool, nodes: frozenset[str]) -> bool:
+def _is_meant(instance: object, *, migration: bool) -> bool:
     match instance:
         case {"type": "migration"}:
             return migration
         case {"type": "block-node", "node-name": str(name)}:
-            return name in nodes
+            return name.startswith(PREFIX)
     return False
 
 
-async def execute_or_yank(qemu: Qemu, command: str, arguments: Mapping[str, object], node: str) -> None:
-    """Runs a command that may wait for the peer of a block node, for as long as a dead one would keep all of QEMU waiting.
+async def execute_or_yank(qemu: Qemu, command: str, arguments: Mapping[str, object]) -> None:
+    """Runs a command that may wait for the other end of a copy, but not for as long as a dead one would keep all of QEMU waiting.
 
     Raises:
-        QemuSilent: it took too long; the connection was broken, and the command has failed or will.
+        QemuSilent: it took too long; the copies' connections were broken, and the command has failed or will.
         QemuRefused: QEMU could not do it.
     """
     try:
         await qemu.execute(command, arguments, deadline_s=IMPATIENT_S)
     except QemuSilent:
-        await yank(qemu, nodes=frozenset({node}))
+        await yank(qemu)
         raise

@@ -13,6 +13,7 @@ from qmpd import commands
 from qmpd.migration.tls import ClientTls, ServerTls, subject
 from qmpd.pki.directory import AUTHORITY, REVOKED, Pki
 from tests.guests.build import Guest
+from tests.migration.disks import Writers
 from tests.migration.ends import Ends, ends_in
 from tests.migration.network import Network, NoNetworks, leftovers, network
 from tests.migration.onlooker import Onlooker, onlooking
@@ -84,3 +85,9 @@ def onlooker() -> Iterator[Onlooker]:
     """Looks at every QEMU whose machine it is told to mind."""
     with onlooking() as made:
         yield made
+
+
+@pytest.fixture
+def writers(ends: Ends, guests: dict[str, Guest]) -> Writers:
+    """Starts QEMUs with a guest that writes to its disk."""
+    return Writers(ends, guests["x86_64-pc-blocks"])

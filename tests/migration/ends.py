@@ -193,8 +193,8 @@ async def attempt(outgoing: Outgoing, step: Step = no_matter) -> None:
 
 
 @asynccontextmanager
-async def undisturbed(ends: Ends, source: End) -> AsyncIterator[None]:
-    """Whatever happens in the block, afterwards the source is what it was, and its guest has lost nothing."""
+async def unchanged(source: End) -> AsyncIterator[None]:
+    """Whatever happens in the block, afterwards the source is what it was."""
     state = await source.status()
     was = await source.everything()
     yield
@@ -205,6 +205,13 @@ async def undisturbed(ends: Ends, source: End) -> AsyncIterator[None]:
     assert now == was
     if state != "running":
         await source.monitor.execute("cont")
+
+
+@asynccontextmanager
+async def undisturbed(ends: Ends, source: End) -> AsyncIterator[None]:
+    """The same, and its guest has lost nothing and goes on."""
+    async with unchanged(source):
+        yield
     await ends.printed(source, 400)
     trace = ends.trace(source)
     assert (trace.whole, trace.boots) == (True, 1), trace

@@ -1,0 +1,193 @@
+"""Disks move along with their guest, and no block it was told is written is lost: where it arrives, and where it stays."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from qmpd.errors import MigrationFailed, QemuRefused
+from qmpd.migration import capabilities, mirror
+from qmpd.migration.addresses import Address, TcpAddress, TcpRange
+from qmpd.migration.incoming import Endpoint, Listen, listen, wait_loaded
+from qmpd.migration.tls import ClientTls, ServerTls
+from tests.migration.disks import DISK_BYTES, NODE, Writers
+from tests.migration.ends import End, GivenUpError, at, attempt, giving_up_at, go_on, moved, outgoing_to, signalling_at, unchanged
+from tests.process.emulator import content
+
+pytestmark = pytest.mark.qemu
+PORTS = TcpRange(host="127.0.0.1", first=24000, last=24999)
+
+
+async def test_a_disk_moves_with_its_guest(writers: Writers) -> None:
+    disk = writers.image()
+    copy = writers.image(like=disk)
+    source, destination = await writers.source(disk), await writers.destination(copy)
+    directory = writers.ends.directory
+    await moved(source, destination, Listen(memory=at(directory), disks_at=at(directory, "disks"), disks=(NODE,)))
+    await writers.written(destination, 4)
+    await destination.monitor.execute("stop")
+    writers.check(copy, source, destination)
+    assert content(copy)[DISK_BYTES // 2 :] == content(disk)[DISK_BYTES // 2 :]
+
+
+async def test_a_disk_moves_over_tls(writers: Writers, server_tls: ServerTls, client_tls: ClientTls) -> None:
+    disk = writers.image()
+    copy = writers.image(like=disk)
+    source, destination = await writers.source(disk), await writers.destination(copy)
+    launched = await destination.everything()
+    await moved(source, destination, Listen(memory=PORTS, disks_at=PORTS, disks=(NODE,), tls=server_tls), client_tls)
+    await writers.written(destination, 4)
+    assert await destination.everything() == {**launched, "query-status": await destination.monitor.execute("query-status")}
+    assert await destination.monitor.execute("query-block-exports") == []
+    await destination.monitor.execute("stop")
+    writers.check(copy, source, destination)
+
+
+#: While the disk is copied, while memory is, when the guest is halted, and when all of it has arrived.
+STEPS = ("none", "active", "halted", "arrived")
+
+
+#: So slow that the step is seen.
+SPEEDS = {"none": 100_000, "active": 2_000_000}
+
+
+async def listening(writers: Writers, source_disk: Path) -> tuple[End, Endpoint]:
+    """A destination with an empty disk that waits for everything."""
+    destination = await writers.destination(writers.image(like=source_disk))
+    directory = writers.ends.directory
+    return destination, await listen(destination.monitor, Listen(memory=at(directory), disks_at=at(directory, "disks"), disks=(NODE,)))
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands still is given up soon."""
+    monkeypatch.setattr(mirror, "STALL_LIMIT_S", 3.0)
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_given_up_with_a_disk(writers: Writers, step: str) -> None:
+    disk = writers.image()
+    source = await writers.source(disk)
+    async with writers.undisturbed(source, disk):
+        _, endpoint = await listening(writers, disk)
+        outgoing = await outgoing_to(source, endpoint, bytes_per_s=SPEEDS.get(step))
+        with pytest.raises(GivenUpError):
+            await attempt(outgoing, giving_up_at(step))
+        if step == "arrived":
+            await outgoing.cancel()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("step", ["none", "active", "halted"])
+async def test_the_destination_of_a_disk_is_lost(writers: Writers, hasty: None, step: str, number: signal.Signals) -> None:
+    disk = writers.image()
+    source = await writers.source(disk)
+    async with writers.undisturbed(source, disk):
+        destination, endpoint = await listening(writers, disk)
+        outgoing = await outgoing_to(source, endpoint, bytes_per_s=SPEEDS.get(step), stall_limit_s=3.0, switchover_limit_s=8.0)
+        with pytest.raises(MigrationFailed):
+            await attempt(outgoing, signalling_at(step, destination, number))
+
+
+async def test_a_frozen_destination_does_not_keep_qemu_waiting(writers: Writers) -> None:
+    """Connecting to it, QEMU would wait with its whole main loop."""
+    disk = writers.image()
+    source = await writers.source(disk)
+    async with writers.undisturbed(source, disk):
+        destination, endpoint = await listening(writers, disk)
+        destination.emulator.process.signal(signal.SIGSTOP)
+        with pytest.raises(QemuRefused, match="timeout"):
+            await attempt(await outgoing_to(source, endpoint))
+
+
+async def test_a_disk_that_is_not_awaited(writers: Writers) -> None:
+    disk = writers.image()
+    source = await writers.source(disk)
+    async with writers.undisturbed(source, disk):
+        _, endpoint = await listening(writers, disk)
+        with pytest.raises(QemuRefused):
+            await attempt(await outgoing_to(source, msgspec.structs.replace(endpoint, disks=("d1",))))
+
+
+async def test_nobody_awaits_disks(writers: Writers) -> None:
+    disk = writers.image()
+    source = await writers.source(disk)
+    async with writers.undisturbed(source, disk):
+        nowhere = Endpoint(memory=at(writers.ends.directory), disks_at=at(writers.ends.directory, "disks"), disks=(NODE,))
+        with pytest.raises(QemuRefused, match="disks"):
+            await attempt(await outgoing_to(source, nowhere))
+
+
+@pytest.mark.parametrize("intruder", ["hostc", "stranger"])
+async def test_nobody_else_writes_to_the_disks(
+    writers: Writers, hosts: Path, server_tls: ServerTls, client_tls: ClientTls, intruder: str
+) -> None:
+    disk = writers.image()
+    copy = writers.image(like=disk)
+    source, destination = await writers.source(disk), await writers.destination(copy)
+    launched = await capabilities.read(destination.monitor)
+    endpoint = await listen(destination.monitor, Listen(memory=PORTS, disks_at=PORTS, disks=(NODE,), tls=server_tls))
+    async with unchanged(source):
+        with pytest.raises(QemuRefused):
+            await attempt(await outgoing_to(source, endpoint, ClientTls(directory=str(hosts / intruder), hostname="hostb")))
+    assert not any(content(copy))
+    await attempt(await outgoing_to(source, endpoint, client_tls))
+    await wait_loaded(destination.monitor)
+    await go_on(destination, launched)
+    await writers.written(destination, 4)
+    await destination.monitor.execute("stop")
+    writers.check(copy, source, destination)
+
+
+async def test_callers_that_have_no_business_here_harm_nothing(writers: Writers, server_tls: ServerTls, client_tls: ClientTls) -> None:
+    """A scan of the ports, and clients that say nothing, while a migration is awaited and under way."""
+    disk = writers.image()
+    copy = writers.image(like=disk)
+    source, destination = await writers.source(disk), await writers.destination(copy)
+    launched = await capabilities.read(destination.monitor)
+    endpoint = await listen(destination.monitor, Listen(memory=PORTS, disks_at=PORTS, disks=(NODE,), tls=server_tls))
+    async with AsyncExitStack() as silent:
+
+        async def knock(step: str) -> None:
+            for address in (endpoint.memory, endpoint.disks_at):
+                for said in (b"", b"GET / HTTP/1.0\r\n\r\n", bytes(4096)):
+                    await call(address, said)
+            # QEMU waits for a silent one on its migration port with its whole main loop, until the one that it awaits has come.
+            if step in {"active", "halted"}:
+                silent.push_async_callback(ended, await opened(endpoint.memory))
+            silent.push_async_callback(ended, await opened(endpoint.disks_at))
+
+        await knock("awaited")
+        await attempt(await outgoing_to(source, endpoint, client_tls, bytes_per_s=SPEEDS["active"]), knock)
+        await wait_loaded(destination.monitor)
+        await go_on(destination, launched)
+        await writers.written(destination, 4)
+    await destination.monitor.execute("stop")
+    writers.check(copy, source, destination)
+
+
+async def opened(address: Address | None) -> asyncio.StreamWriter:
+    """A caller that says nothing."""
+    assert isinstance(address, TcpAddress)
+    _, writer = await asyncio.open_connection(address.host, address.port)
+    return writer
+
+
+async def ended(writer: asyncio.StreamWriter) -> None:
+    """It leaves."""
+    writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()
+
+
+async def call(address: Address | None, said: bytes) -> None:
+    """A caller that says something, if somebody listens still, and leaves."""
+    with suppress(ConnectionRefusedError):
+        writer = await opened(address)
+        writer.write(said)
+        await ended(writer)
