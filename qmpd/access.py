@@ -31,7 +31,8 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """Who is at the other end of the API connection, and in which role; None: nobody who is known.
 
     On the Unix socket the kernel names the process, and whoever may open the socket is an admin. Over TLS it is the owner of a
-    token or certificate at `address`; `peer` is its name in the settings, where it is another daemon. `labels`: only machines that
+    token or certificate at `address`; `credential` is the token's id, or the certificate's serial number,
+    and `peer` its name in the settings, where it is another daemon. `labels`: only machines that
     carry all of them exist for this caller. `unrestricted`: may send any QMP command.
     """
 
@@ -43,6 +44,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     labels: Mapping[str, str] = {}
     address: str | None = None
     peer: str | None = None
+    credential: str | None = None
     unrestricted: bool = False
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from qmpd.accelerator import Accelerators
+from qmpd.audit import open_audit
 from qmpd.autostart import start_in_order
 from qmpd.bus import open_bus
 from qmpd.capture import keep_trimmed
@@ -50,6 +51,8 @@ ADOPT_PATIENCE_S: Final = 0.05
 ADOPTED_AT_ONCE: Final = 8
 #: Who has no API, a test say, has everything taken over all the same.
 SERVING_LIMIT_S: Final = 2.0
+
+MIB: Final = 1024 * 1024
 
 _log = logging.getLogger(__name__)
 
@@ -94,6 +97,7 @@ async def running(settings: Settings, environ: Mapping[str, str], dial: Dial = n
             tokens=tokens,
             peering=peering,
             migration=migration,
+            audit=await stack.enter_async_context(open_audit(Path(settings.state_dir), settings.audit_log_mib * MIB)),
             registry=registry,
             worlds=worlds,
             planning=planning,

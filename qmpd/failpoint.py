@@ -78,6 +78,7 @@ CATALOGUE: Final[Mapping[str, Failpoint]] = {
     "job-create": Failpoint(before="a new job being written", error=_sqlite(sqlite3.SQLITE_FULL)),
     "job-change": Failpoint(before="a job's progress or ending being written", error=_sqlite(sqlite3.SQLITE_FULL)),
     "answer-keep": Failpoint(before="an answer being kept under its Idempotency-Key", error=_sqlite(sqlite3.SQLITE_FULL)),
+    "audit-write": Failpoint(before="entries of the audit log being written", error=_FULL),
     # Definitions and the files that follow them.
     "definition-commit": Failpoint(before="a definition being stored, replaced or deleted", error=_no_space),
     "definition-committed": Failpoint(before="the memory following what was stored"),

@@ -10,6 +10,7 @@ import msgspec
 
 from qmpd import __version__, operating, power
 from qmpd.access import OURSELVES, Caller, in_scope
+from qmpd.audit import Audit
 from qmpd.authority import Authority
 from qmpd.board import NamedBoard
 from qmpd.bus import Bus
@@ -80,6 +81,7 @@ class Service:
         peering: Peering,
         migration: Migration,
         planning: Planning,
+        audit: Audit,
     ) -> None:
         self.bus = bus
         #: Set when the API is offered.
@@ -87,6 +89,7 @@ class Service:
         self.tokens = tokens
         self.peering = peering
         self.migration = migration
+        self.audit = audit
         self.authority = Authority(settings.pki_dir, peering)
         self.upkeep = upkeep
         self._settings = settings

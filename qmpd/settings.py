@@ -73,6 +73,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     Without it they become scopes of systemd. `listen` are the addresses where the API is offered over TLS too; a caller there needs a
     token or a certificate. `peers` are the other daemons that machines may be moved to and from. `migration_listen` is the address
     at which machines of peers are awaited (default: the host of the first `listen`, else the loopback), on the ports `migration_ports`.
+    `audit_log_mib` is what the audit log may take.
     """
 
     socket: Path
@@ -95,6 +96,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     peers: tuple[Peer, ...] = ()
     migration_listen: Host | None = None
     migration_ports: Ports = "49152-49215"
+    audit_log_mib: Annotated[int, Meta(ge=1, le=65_536)] = 32
 
     @property
     def migration_host(self) -> str:
@@ -132,6 +134,7 @@ class SettingsFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     peers: tuple[Peer, ...] | None = None
     migration_listen: Host | None = None
     migration_ports: Ports | None = None
+    audit_log_mib: Annotated[int, Meta(ge=1, le=65_536)] | None = None
 
 
 def system_defaults() -> Settings:

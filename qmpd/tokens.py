@@ -117,7 +117,7 @@ class Tokens:
             _log.warning("token refused", extra={"token": identity[: 2 * ID_BYTES], "reason": reason, "address": address})
             raise Unauthorized("this token is not valid")
         self._used[token.id] = timestamp(self._now())
-        return Caller(user=f"token:{token.name}", role=token.role, labels=token.labels, address=address)
+        return Caller(user=f"token:{token.name}", role=token.role, labels=token.labels, address=address, credential=token.id)
 
     def _expired(self, token: TokenRecord) -> bool:
         return token.expires_at is not None and token.expires_at <= self._now().timestamp()

@@ -61,12 +61,12 @@ class Trust:
         if role is None:
             raise Unauthorized("this certificate gives no role")
         if role != "peer":
-            return Caller(user=f"{role}:{facts.name}", role=role, address=address)
+            return Caller(user=f"{role}:{facts.name}", role=role, address=address, credential=facts.serial)
         peer = self._peers.owned_by(facts.name)
         if peer is None:
             _log.warning("peer refused", extra={"certificate": facts.name, "serial": facts.serial, "address": address})
             raise Forbidden(f"{facts.name} is no peer of this daemon", role=role)
-        return Caller(user=f"peer:{peer.name}", role=role, address=address, peer=peer.name)
+        return Caller(user=f"peer:{peer.name}", role=role, address=address, peer=peer.name, credential=facts.serial)
 
     async def _look(self) -> None:
         now = asyncio.get_running_loop().time()

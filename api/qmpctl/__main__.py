@@ -30,7 +30,7 @@ COMMANDS: Final = {
         "running": ("run",),
         "operations": ("doctor", "bundle"),
         "tokens": ("tokens", "token-create", "token-revoke"),
-        "trust": ("peers",),
+        "trust": ("peers", "audit"),
         "completion": ("completion",),
     }.items()
     for name in names

@@ -11,7 +11,7 @@ from aiohttp import web
 from qmpd_api import openapi
 from qmpd_api.dispatch import endpoint
 from qmpd_api.exchange import DESCRIPTION, LIMITS, SERVICE
-from qmpd_api.guards import answer_expectation, guard, mark_response
+from qmpd_api.guards import GUARDS, answer_expectation, mark_response
 from qmpd_api.idempotency import ATTEMPTS, Attempts
 from qmpd_api.limits import Limits
 from qmpd_api.peers import PEERS, Peers
@@ -27,7 +27,7 @@ def create(service: Service, limits: Limits | None = None, *, names: Sequence[st
     limits = limits or Limits()
     written = {f"[{name}]" if ":" in name else name.lower() for name in names}
     limits = msgspec.structs.replace(limits, hosts=limits.hosts | written)
-    app = web.Application(middlewares=[guard], client_max_size=limits.body_bytes)
+    app = web.Application(middlewares=GUARDS, client_max_size=limits.body_bytes)
     app[SERVICE] = service
     app[LIMITS] = limits
     app[PEERS] = Peers(limits)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -12,6 +10,7 @@ from aiohttp import web
 from qmpd.access import Caller
 from qmpd.errors import Busy, QmpdError, Unauthorized, Undecodable
 from qmpd_api import media
+from qmpd_api.auditing import about
 from qmpd_api.codec import decode_aside, encode
 from qmpd_api.exchange import LIMITS, SERVICE, Call, Reply, read_body, revision_of
 from qmpd_api.guards import Handler, error_answer
@@ -21,11 +20,6 @@ from qmpd_api.limits import Limits
 from qmpd_api.peers import PEERS
 from qmpd_api.queries import decode_query
 from qmpd_api.routes import Route
-
-#: The methods that change nothing, and so are no news.
-_QUIET: Final = frozenset({"GET", "HEAD"})
-
-_log = logging.getLogger(__name__)
 
 
 def endpoint(route: Route[Any, Any]) -> Handler:
@@ -40,17 +34,9 @@ def endpoint(route: Route[Any, Any]) -> Handler:
             if response is not None:
                 return response
         finished = await _once(request, route, call, raw)
-        if request.method not in _QUIET:
-            # When the answer is on its way: whoever waits for it need not wait for this.
-            asyncio.get_running_loop().call_soon(_note, request.method, request.rel_url.raw_path, finished.status, caller)
         return finished.response()
 
     return answer
-
-
-def _note(method: str, path: str, status: int, caller: Caller) -> None:
-    who = {"user": caller.user, "uid": caller.uid, "pid": caller.pid, "address": caller.address}
-    _log.info("request", extra={"method": method, "path": path, "status": status, **who})
 
 
 def _limits(request: web.Request, route: Route[Any, Any]) -> Limits:
@@ -61,6 +47,7 @@ def _limits(request: web.Request, route: Route[Any, Any]) -> Limits:
 async def _call(request: web.Request, route: Route[Any, Any], raw: bytes, caller: Caller) -> Call[Any, Any]:
     """Everything the caller said, as types. The body before the query: a body that is no document makes the rest meaningless."""
     body = await _body(request, route, raw)
+    about(request, body)
     if caller.labels:
         check_labels(body, caller)
     return Call(

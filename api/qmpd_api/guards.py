@@ -12,6 +12,7 @@ from aiohttp import web
 from qmpd.errors import Forbidden, Misdirected, NotFound, QmpdError, TooLarge, Undecodable
 from qmpd.spec import NAME_PATTERN, WORD_PATTERN
 from qmpd_api import media
+from qmpd_api.auditing import IDENTITY, SWITCHING, failed, identity_of, keep_account, opened
 from qmpd_api.codec import encode
 from qmpd_api.echo import echo
 from qmpd_api.exchange import LIMITS, check_size
@@ -33,6 +34,9 @@ async def mark_response(request: web.Request, response: web.StreamResponse) -> N
     """Signal handler: the headers of every response, and a note that the status can no longer be changed."""
     request[_STARTED] = True
     response.headers.update(STANDING_HEADERS)
+    response.headers[IDENTITY] = identity_of(request)
+    if response.status == SWITCHING:
+        opened(request)
 
 
 @web.middleware
@@ -75,6 +79,7 @@ def error_response(request: web.BaseRequest, error: QmpdError) -> web.Response:
 
 def error_answer(request: web.BaseRequest, error: QmpdError) -> Answer:
     """The same as a value that can be kept."""
+    failed(request, error.code)
     chosen = media.of_answer(request.headers.getall("Accept", []))
     status = status_of(type(error))
     if status >= 500:
@@ -142,3 +147,5 @@ def check_path(request: web.Request) -> None:
 
 
 CHECKS: Final = (check_announced_size, check_host, check_origin, check_path)
+#: The account of a request is kept around everything, its refusals included.
+GUARDS: Final = (keep_account, guard)

@@ -14,6 +14,7 @@ from aiohttp import web
 from qmpd.access import Caller, check_right, in_scope
 from qmpd.errors import Forbidden, NotFound, Unauthorized
 from qmpd.spec import MachineChanges, MachineSpec
+from qmpd_api.auditing import identified
 from qmpd_api.exchange import SERVICE
 from qmpd_api.peers import PEERS, address_of
 
@@ -39,10 +40,13 @@ async def admitted(request: web.Request, route: Route[Any, Any]) -> Caller:
     address = address_of(request.transport)
     if address is None:
         caller = await peers.caller(request.transport)
+        identified(request, route, caller)
     else:
+        identified(request, route, Caller(address=address))
         peers.check_patience(address)
         try:
             caller = await _remote(request, address)
+            identified(request, route, caller)
             check_right(caller, route.right)
         except Unauthorized:
             peers.refused(address)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from functools import cache
 from typing import Annotated, Final, TypeVar, get_origin
 
@@ -92,6 +93,15 @@ class JobsQuery(Query, frozen=True, kw_only=True):
     """`machine`: only the jobs of this machine."""
 
     machine: Name | None = None
+
+
+class AuditQuery(Query, frozen=True, kw_only=True):
+    """`since` (RFC 3339, with a zone): only later ones; `machine`, `who` (a name, or a credential): only their entries."""
+
+    since: Annotated[datetime, Meta(tz=True)] | None = None
+    machine: Name | None = None
+    who: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = 100
 
 
 def decode_query(given: MultiMapping[str], kind: type[Q], limits: Limits) -> Q:

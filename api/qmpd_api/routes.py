@@ -14,6 +14,7 @@ from qmpd import peerviews as pv
 from qmpd import processviews as p
 from qmpd import views as v
 from qmpd.access import Right
+from qmpd.auditviews import AuditPage
 from qmpd.board import NamedBoard
 from qmpd.errors import QmpdError
 from qmpd.migration import protocol as mp
@@ -23,6 +24,7 @@ from qmpd_api.exchange import Call
 from qmpd_api.handlers import Nothing
 from qmpd_api.limits import KIB
 from qmpd_api.queries import (
+    AuditQuery,
     BoardsQuery,
     ConsoleQuery,
     CreateQuery,
@@ -233,6 +235,8 @@ ROUTES: Final[tuple[Route[Any, Any], ...]] = (
           pool="joins", body_bytes=JOIN_BYTES, kept=False),
     Route(method="GET", path="/v1/pki/crl", summary="What the authority of this daemon revoked", right="known", scoped=True, query=Query,
           handler=trust_handlers.revoked, answer=pv.RevocationView, errors=(e.NotFound, e.HostError)),
+    Route(method="GET", path="/v1/audit", summary="Who changed what, and who was refused, newest first", right="admin", query=AuditQuery,
+          handler=trust_handlers.audit, answer=AuditPage, pool="waits"),
     Route(method="GET", path="/metrics", summary="The numbers of this daemon for Prometheus", right="read", query=Query,
           handler=handlers.metrics, produces=PROMETHEUS),
     Route(method="GET", path="/v1/openapi.json", summary="This description", right="read", scoped=True, query=Query,

@@ -1,9 +1,10 @@
-"""The methods of the client for whom a daemon trusts: tokens, peers and the authority."""
+"""The methods of the client for whom a daemon trusts: tokens, peers, the authority and the audit log."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from qmpd.auditviews import AuditPage
 from qmpd.peerviews import JoinAnswer, JoinRequest, PeerGreeting, PeerHealth, PeerView, RevocationView
 from qmpd.views import NewToken, TokenRequest, TokenView
 from qmpd_api.connection import Connection, segment
@@ -48,3 +49,8 @@ class TrustVerbs(ABC):
     async def revoked(self) -> RevocationView:
         """What the daemon's authority revoked, as far as the daemon knows."""
         return await self.connection.call("GET", "/v1/pki/crl", RevocationView)
+
+    async def audit(self, *, since: str | None = None, machine: str | None = None, who: str | None = None, limit: int = 100) -> AuditPage:
+        """Who changed what and who was refused, newest first; `since` is a time with a zone (RFC 3339)."""
+        query = {"since": since, "machine": machine, "who": who, "limit": limit}
+        return await self.connection.call("GET", "/v1/audit", AuditPage, query=query)

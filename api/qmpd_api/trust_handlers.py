@@ -1,11 +1,13 @@
-"""What the routes about trust do: tokens, peers and the authority."""
+"""What the routes about trust do: tokens, peers, the authority and the audit log."""
 
 from __future__ import annotations
 
+from qmpd.audit import Sought
+from qmpd.auditviews import AuditPage
 from qmpd.peerviews import JoinAnswer, JoinRequest, PeerGreeting, PeerHealth, PeerView, RevocationView
 from qmpd.views import NewToken, TokenRequest, TokenView
 from qmpd_api.exchange import Call
-from qmpd_api.queries import Query
+from qmpd_api.queries import AuditQuery, Query
 
 
 async def tokens(call: Call[None, Query]) -> tuple[TokenView, ...]:
@@ -46,3 +48,9 @@ async def join(call: Call[JoinRequest, Query]) -> JoinAnswer:
 async def revoked(call: Call[None, Query]) -> RevocationView:
     """The revocation list."""
     return await call.service.authority.revoked()
+
+
+async def audit(call: Call[None, AuditQuery]) -> AuditPage:
+    """The audit log."""
+    query = call.query
+    return await call.service.audit.read(Sought(since=query.since, machine=query.machine, who=query.who, limit=query.limit))

@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from qmpd import segments
 from qmpd.access import Caller
+from qmpd.audit import Audit, open_audit
 from qmpd.bus import Bus, open_bus
 from qmpd.console import Console
 from qmpd.database import open_database
@@ -74,7 +75,8 @@ class Guest:
 class Bench:
     """`gate` holds every `start` until it is set; `calls` counts what reached the service; `bug` is raised where it is set."""
 
-    def __init__(self, journal: Journal, bus: Bus, watch: FileWatch, directory: Path) -> None:
+    def __init__(self, journal: Journal, bus: Bus, watch: FileWatch, directory: Path, audit: Audit) -> None:
+        self.audit = audit
         self.journal = journal
         self.bus = bus
         self.gate = asyncio.Event()
@@ -204,4 +206,5 @@ async def opened_bench(directory: Path, *, kept_events: int = 1000) -> AsyncIter
         database = await stack.enter_async_context(open_database(directory))
         journal = await stack.enter_async_context(open_journal(database, kept_events=kept_events))
         bus = await stack.enter_async_context(open_bus(journal))
-        yield Bench(journal, bus, stack.enter_context(watching()), directory)
+        audit = await stack.enter_async_context(open_audit(directory, 1 << 20))
+        yield Bench(journal, bus, stack.enter_context(watching()), directory, audit)
