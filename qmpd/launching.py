@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -16,16 +17,19 @@ from qmpd.errors import HostError
 from qmpd.failpoint import failpoint
 from qmpd.journal import timestamp, utc_now
 from qmpd.listeners import listening
+from qmpd.offload import off_loop
 from qmpd.plan import LaunchPlan, SerialPipe
-from qmpd.process import Gate, Identity, QemuProcess, gate, launch
+from qmpd.process import Gate, Identity, QemuProcess, discard, gate, launch, opened
 from qmpd.record import Definition, LaunchRecord, remove_record, write_record
 from qmpd.runlock import taken
+from qmpd.tasks import alongside, undivided
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """A plan, where it is carried out, and what the record says of the emulator.
 
-    `confiner` is there if the definition has limits, `incoming` if QEMU is to take in the state that a migration of this id brings.
+    `confiner` is there if the definition has limits, `head_start` if its QEMU is on its way to the gate already, `incoming` if QEMU is to
+    take in the state that a migration of this id brings.
     """
 
     plan: LaunchPlan
@@ -39,6 +43,68 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     paused: bool = False
     incoming: str | None = None
     confiner: Confiner | None = None
+    head_start: HeadStart | None = None
+
+
+class HeadStart:
+    """A QEMU on its way to the gate while the definition of its machine is being stored. Made by `ahead`."""
+
+    def __init__(self, working: asyncio.Task[Gate], records: Sequence[LaunchRecord], undo: Callable[[Gate], None]) -> None:
+        self._working = working
+        self._records = records
+        self._undo = undo
+        self._taken = False
+
+    async def gate(self) -> tuple[Gate, LaunchRecord]:
+        """The gate and what was recorded of it, for whoever opens it. Raises what went wrong on the way."""
+        made = await asyncio.shield(self._working)
+        self._taken = True
+        return made, self._records[0]
+
+    async def give_up(self) -> None:
+        """Waits until the way has ended, and undoes it, unless the gate was taken."""
+        if self._taken:
+            return
+        self._taken = True
+        await asyncio.wait([self._working])
+        if self._working.exception() is None:
+            await asyncio.to_thread(self._undo, self._working.result())
+
+
+@asynccontextmanager
+async def ahead(what: Launch, definition: Definition, place: Callable[[], None]) -> AsyncIterator[HeadStart]:
+    """Begins a launch before the definition is stored: calls `place` in a thread, yields when that has returned, goes on up to the gate.
+
+    QEMU runs only behind the gate, which is opened by nobody but the machine that has the definition, once that is stored. When the block
+    is left and nobody took the gate, it is gone, and so is its record.
+
+    Raises:
+        Exception: whatever `place` raises.
+    """
+    loop = asyncio.get_running_loop()
+    placed: asyncio.Future[None] = loop.create_future()
+    records: list[LaunchRecord] = []
+
+    def work() -> Gate:
+        place()
+        loop.call_soon_threadsafe(placed.set_result, None)
+        return _gated(what, definition, records, None)
+
+    def undo(made: Gate) -> None:
+        discard(made)
+        remove_record(what.run_dir)
+
+    name = definition.spec.name
+    async with alongside(off_loop(work, undo=undo, name="qmpd-spawn"), f"ahead:{name}") as working:
+        head = HeadStart(working, records, undo)
+        try:
+            steps: list[asyncio.Task[Gate] | asyncio.Future[None]] = [working, placed]
+            await asyncio.wait(steps, return_when=asyncio.FIRST_COMPLETED)
+            if not placed.done():
+                working.result()
+            yield head
+        finally:
+            await undivided(head.give_up(), f"give-up:{name}")
 
 
 @asynccontextmanager
@@ -50,13 +116,22 @@ async def prepared(what: Launch, definition: Definition) -> AsyncIterator[tuple[
         HostError, NoSpace: directories or sockets could not be made, the machine's own files are gone, or its limits cannot be kept.
         OSError: the process could not be started.
     """
+    if what.head_start is not None:
+        made, record = await what.head_start.gate()
+        process = await opened(made)
+    else:
+        process, record = await _launched(what, definition)
+    try:
+        yield process, record
+    finally:
+        process.close()
+
+
+async def _launched(what: Launch, definition: Definition) -> tuple[QemuProcess, LaunchRecord]:
     records: list[LaunchRecord] = []
     async with _admission(what, definition) as admit:
         process = await launch(partial(_gated, what, definition, records, admit), undo=partial(remove_record, what.run_dir))
-    try:
-        yield process, records[0]
-    finally:
-        process.close()
+    return process, records[0]
 
 
 @asynccontextmanager

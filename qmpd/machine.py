@@ -36,6 +36,7 @@ from qmpd.record import Definition, LaunchRecord, has_begun, mark_begun, remove_
 from qmpd.session import Session, describe
 from qmpd.shortage import shortage
 from qmpd.spec import Limits
+from qmpd.storage import mark_finished
 from qmpd.views import DiskErrorView, ExitView, MachineView
 
 _log = logging.getLogger(__name__)
@@ -217,8 +218,6 @@ class Machine:
             raise WrongState(f"machine {self.name!r} is {self.state}: it has no process", state=str(self.state), allowed=[])
         return self._session
 
-    # How it comes and goes.
-
     async def start(self, launch: Launch) -> None:
         """Launches QEMU; returns when the guest runs (or, if it is launched paused, is built and halted before its first instruction).
 
@@ -261,8 +260,6 @@ class Machine:
             self._task.cancel()
             await asyncio.wait([self._task])
 
-    # The task.
-
     async def _spawn_task(self, work: Work) -> None:
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[None] = loop.create_future()
@@ -296,6 +293,9 @@ class Machine:
     async def _launch(self, launch: Launch, ready: asyncio.Future[None]) -> ExitStatus:
         async with prepared(launch, self.definition) as (process, record):
             self.launch = record
+            if launch.head_start is not None:
+                # The machine is stored, or nobody would have opened the gate. QEMU builds its machine meanwhile.
+                await asyncio.to_thread(mark_finished, launch.state_dir)
             session = Session(self, self.name, process, record.sockets, launch.stderr_path, record.expected_uuid)
 
             async def begin(monitor: Monitor) -> None:

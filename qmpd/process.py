@@ -146,7 +146,7 @@ def gate(argv: Sequence[str], *, inherited: Sequence[int], cwd: str, stderr: str
     try:
         record(made.identity)
     except BaseException:
-        _discard(made)
+        discard(made)
         raise
     return made
 
@@ -158,11 +158,15 @@ async def launch(make: Callable[[], Gate], *, undo: Callable[[], object] = lambd
     is gone. Raises whatever `make` raises.
     """
 
-    def discard(made: Gate) -> None:
-        _discard(made)
+    def given_up(made: Gate) -> None:
+        discard(made)
         undo()
 
-    made = await off_loop(make, undo=discard, name="qmpd-spawn")
+    return await opened(await off_loop(make, undo=given_up, name="qmpd-spawn"))
+
+
+async def opened(made: Gate) -> QemuProcess:
+    """The process behind a gate, which is told to become its program."""
     process = QemuProcess(made.identity, made.pidfd, stderr_start=made.stderr_start)
     try:
         with contextlib.suppress(BrokenPipeError):  # somebody killed the gate: the exit tells
@@ -223,7 +227,8 @@ def _spawn(argv: tuple[str, ...], inherited: Sequence[int], cwd: str, stderr: st
         return Gate(identity=identity, pidfd=pidfd, pipe=pipe, stderr_start=stderr_start)
 
 
-def _discard(made: Gate) -> None:
+def discard(made: Gate) -> None:
+    """Closes a gate for good: its program never runs, and the process is gone when this returns. Blocks."""
     os.close(made.pipe)
     with contextlib.suppress(ChildProcessError):
         os.waitid(os.P_PIDFD, made.pidfd, os.WEXITED)  # the gate reads the end of the pipe, and exits

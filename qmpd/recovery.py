@@ -22,6 +22,7 @@ from qmpd.process import NotOurs, adopt, boot_id
 from qmpd.record import LaunchRecord, read_record, record_of_adopted, remove_record, write_record
 from qmpd.registry import Registry
 from qmpd.runlock import is_taken
+from qmpd.storage import is_unfinished
 from qmpd.strays import Unidentified, record_of_holder, set_aside_damaged
 
 #: How often the locks of processes are looked at that nobody has a record of.
@@ -153,6 +154,9 @@ class Recovery:
             _log.error(
                 "the process of a machine that another host owns was left alone", extra={"machine": name, "pid": record.identity.pid}
             )
+            return
+        if machine is None and await asyncio.to_thread(is_unfinished, paths.state):
+            _log.warning("a gate whose machine was never stored ends by itself", extra={"machine": name, "pid": record.identity.pid})
             return
         if machine is not None and machine.definition.uuid != record.definition.uuid:
             _log.error("launch record is that of an earlier machine and was left alone", extra={"machine": name})

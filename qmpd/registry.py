@@ -152,27 +152,28 @@ class Registry:
 
     @asynccontextmanager
     async def reserved(self, name: str) -> AsyncIterator[None]:
-        """Keeps a name from being used by two who create at the same time.
-
-        Raises:
-            AlreadyExists: the name is taken.
-            Held: a QEMU runs from the files of this name, although no machine of it is known.
-        """
+        """Keeps a name from being used by two who create at the same time. Raises AlreadyExists when it is taken."""
         if name in self._damaged:
             raise AlreadyExists(f"there is a machine {name!r} already, whose definition cannot be read", machine=name)
         if name in self._machines or name in self._being_made:
             raise AlreadyExists(f"there is a machine {name!r} already", machine=name)
         self._being_made[name] = None
         try:
-            state = self.paths(name).state
-            forgotten, taken = await asyncio.to_thread(lambda: (is_forgotten(state), is_taken(state)))
-            if forgotten:
-                raise Held(f"the files of a forgotten machine {name!r} are in {state}: move them away first", holder="a forgotten machine")
-            if taken:
-                raise Held(f"a QEMU of an unknown machine {name!r} is alive: end it by hand", holder="a running QEMU")
             yield
         finally:
             del self._being_made[name]
+
+    def check_vacant(self, name: str) -> None:
+        """Whether a machine of a reserved name may have its files. Blocks.
+
+        Raises:
+            Held: a QEMU runs from the files of this name, although no machine of it is known, or they are a forgotten machine's.
+        """
+        state = self.paths(name).state
+        if is_forgotten(state):
+            raise Held(f"the files of a forgotten machine {name!r} are in {state}: move them away first", holder="a forgotten machine")
+        if is_taken(state):
+            raise Held(f"a QEMU of an unknown machine {name!r} is alive: end it by hand", holder="a running QEMU")
 
     def complete(self, spec: MachineSpec, machine_type: str) -> MachineSpec:
         """The definition with what is decided once for the whole life of a machine: UUID, versioned machine type, MACs.
@@ -194,12 +195,12 @@ class Registry:
         nics = tuple(msgspec.structs.replace(nic, mac=mac_address(spec, index)) for index, nic in enumerate(spec.nics))
         return msgspec.structs.replace(spec, nics=nics)
 
-    async def create(self, spec: MachineSpec) -> Machine:
-        """Stores a completed definition under a reserved name."""
-        return await undivided(self._create(spec), f"create:{spec.name}")
+    async def create(self, definition: Definition, *, marked: bool = False) -> Machine:
+        """Stores a new definition under a reserved name. Its directory stays `marked` as unfinished where the caller takes care of that."""
+        return await undivided(self._create(definition, marked=marked), f"create:{definition.spec.name}")
 
-    async def _create(self, spec: MachineSpec) -> Machine:
-        definition = Definition(spec=spec, uuid=spec.uuid or "", created_at=(moment := now()), changed_at=moment)
+    async def _create(self, definition: Definition, *, marked: bool) -> Machine:
+        spec = definition.spec
         key = PREFIX + spec.name
         try:
             revision = await self._commit(key, 0, msgspec.msgpack.encode(definition))
@@ -208,7 +209,8 @@ class Registry:
         except Unknown:
             self._damaged.add(spec.name)  # the next daemon knows whether there is one
             raise
-        await asyncio.to_thread(mark_finished, self.paths(spec.name).state)
+        if not marked:
+            await asyncio.to_thread(mark_finished, self.paths(spec.name).state)
         machine = self._add(definition, revision)
         self._publish("machine.created", spec.name, {"board": spec.board, "revision": revision})
         return machine
@@ -319,6 +321,7 @@ class Registry:
         machine.asked_to_end = True  # nobody shall start it again
         self._publish(event, machine.name, {"uuid": machine.definition.uuid})
         async with self.reserved(machine.name):  # a new machine of this name must not lose its files to the old one
+            await asyncio.to_thread(self.check_vacant, machine.name)
             paths = self.paths(machine.name)
             try:
                 for directory in (paths.run, paths.state):
@@ -350,7 +353,7 @@ class Registry:
 
     def _add(self, definition: Definition, revision: int) -> Machine:
         machine = Machine(definition, revision, self._publish)
-        machine.on_end = self._ended
+        machine.on_end = lambda ended: self.on_end(ended)
         self._machines[machine.name] = machine
         self._equip(machine)
         return machine
@@ -368,9 +371,6 @@ class Registry:
             machine.exit = ending
         for console, seen in zip(consoles, logs, strict=True):
             console.note(seen)
-
-    def _ended(self, machine: Machine) -> None:
-        self.on_end(machine)
 
     def _equip(self, machine: Machine) -> None:
         """Gives a machine its board and its consoles, as its definition says."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
 
@@ -15,6 +16,7 @@ from qmpd.authority import Authority
 from qmpd.board import NamedBoard
 from qmpd.bus import Bus
 from qmpd.console import Console, port_of
+from qmpd.creation import can_hurry, created, hurried
 from qmpd.errors import NotYet, Problem, RevisionRequired, invalid
 from qmpd.expecting import expect
 from qmpd.hostshutdown import HostShutdown
@@ -31,7 +33,7 @@ from qmpd.registry import Registry
 from qmpd.rescue import Rescue
 from qmpd.settings import Settings
 from qmpd.spec import MachineChanges, MachineSpec, changed
-from qmpd.storage import clear_unfinished, make, make_place, mark_finished, mark_unfinished, settle
+from qmpd.storage import make, mark_finished, mark_unfinished, settle
 from qmpd.store import Unknown
 from qmpd.takeover import startable
 from qmpd.tokens import Tokens
@@ -151,19 +153,17 @@ class Service:
         """Stores a definition and makes its disks; with `start` launches it as well. When it cannot be stored nothing is left."""
         if paused and not start:
             raise invalid([Problem(path="?paused", message="needs start=true")])
-        async with self._registry.reserved(spec.name):
+        async with AsyncExitStack() as reservation:
+            await reservation.enter_async_context(self._registry.reserved(spec.name))
             complete, made = await self._planning.completed(spec)
-            state_dir = self._registry.paths(spec.name).state
-            await asyncio.to_thread(make_place, state_dir)
-            try:
-                await make(made.plan.blank_images, made.plan.copies)
-                machine = await self._registry.create(complete)
-            except Unknown:
-                raise  # it may be stored: the next daemon knows, and does what is right with the files
-            except BaseException:
-                # Not so for a caller that went away meanwhile: what was stored has its files.
-                await asyncio.to_thread(clear_unfinished, state_dir)
-                raise
+            made = msgspec.structs.replace(made, paused=paused)
+            if start and can_hurry(made) and not self._starting.locked():
+                async with self._starting, hurried(self._registry, complete, made) as (machine, launch):
+                    await reservation.aclose()
+                    async with self._starts(machine):
+                        await machine.start(launch)
+                return machine.view()
+            machine = await created(self._registry, complete, made)
         if start:
             await self._start(machine, made, paused=paused)
         return machine.view()
@@ -343,14 +343,20 @@ class Service:
     # How it is done.
 
     async def _start(self, machine: Machine, launch: Launch | None, *, paused: bool) -> None:
-        async with machine.held("start"):
-            machine.require(AT_REST, "start")
-            machine.definition.check_owned()
-            self.host.refuse()
+        async with self._starts(machine):
             launch = launch or await self._planning.launch(startable(machine.definition))
             async with self._starting:
                 self.host.refuse()
                 await machine.start(msgspec.structs.replace(launch, paused=paused))
+
+    @asynccontextmanager
+    async def _starts(self, machine: Machine) -> AsyncIterator[None]:
+        """Holds a machine at rest that may be started."""
+        async with machine.held("start"):
+            machine.require(AT_REST, "start")
+            machine.definition.check_owned()
+            self.host.refuse()
+            yield
 
     async def _held(self, name: str, verb: str) -> MachineView:
         machine = self._registry.get(name)

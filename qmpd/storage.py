@@ -229,17 +229,22 @@ def mark_finished(directory: str) -> None:
 def clear_unfinished(directory: str) -> None:
     """Removes the directory if it is still marked. Blocks. Raises HostError."""
     own = Path(directory)
-    if (own / UNFINISHED).exists():
+    if is_unfinished(directory):
         try:
             remove_machine_files(directory)
         except OSError as error:
             raise _storage_error(error, own) from error
 
 
+def is_unfinished(directory: str) -> bool:
+    """Whether the mark is there. Blocks."""
+    return (Path(directory) / UNFINISHED).exists()
+
+
 def unfinished(machines: str) -> list[str]:
     """The directories below `machines` that are marked. Blocks."""
     try:
-        return sorted(str(own) for own in Path(machines).iterdir() if (own / UNFINISHED).exists())
+        return sorted(str(own) for own in Path(machines).iterdir() if is_unfinished(str(own)))
     except FileNotFoundError:
         return []
 
@@ -276,7 +281,7 @@ def make_place(directory: str) -> None:
     """
     own = Path(directory)
     try:
-        if own.is_dir() and not (own / UNFINISHED).exists():
+        if own.is_dir() and not is_unfinished(directory):
             kept = sorted(entry.name for entry in own.iterdir() if entry.name != LOCK_NAME)
             if kept:
                 what = ", ".join(kept[:SHOWN_NAMES])

@@ -83,6 +83,7 @@ class Takeover:
         uuid, name = made.spec.uuid or findings.uuid, made.spec.name
         definition = Definition(spec=made.spec, uuid=uuid, created_at=moment, changed_at=moment, adoption=adoption)
         async with self._registry.reserved(name):
+            await asyncio.to_thread(self._registry.check_vacant, name)
             self._check_uuid(uuid)
             try:
                 machine = await self._registry.admit(definition)

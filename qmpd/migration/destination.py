@@ -220,6 +220,7 @@ class Arrivals:
         await self._supersede(peer.name, offer)
         async with self._registry.reserved(offer.spec.name):
             spec = self._registry.complete(msgspec.structs.replace(offer.spec, uuid=offer.uuid), offer.machine)
+            await asyncio.to_thread(self._registry.check_vacant, spec.name)
             arranged = await self._reception.arranged(offer, spec)
             entry = await self._ledger.begin(_first(peer.name, offer, arranged))
             launch = await self._made_room(entry, arranged)

@@ -173,12 +173,16 @@ class Witness:
             while len(found := await asyncio.to_thread(self.bench.processes)) > runs:
                 await asyncio.sleep(0.05)  # a gate whose daemon died reads the end of its pipe
         assert found == ([self.pid] if runs else [])
-        assert await asyncio.to_thread(self._disks) == {None: set(), FIRST: {"disk0.raw"}, SECOND: {"disk0.raw", "disk1.raw"}}[title]
+        assert await asyncio.to_thread(self._disks) == self.disks_of(title)
         if title is None:
             assert not self.bench.own().exists()
             assert not self.bench.running_dir().exists()
         else:
             assert not (self.bench.own() / ".unfinished").exists()
+
+    def disks_of(self, title: str | None) -> set[str]:
+        """The disks that a definition has."""
+        return {None: set[str](), FIRST: {"disk0.raw"}, SECOND: {"disk0.raw", "disk1.raw"}}[title]
 
     def _disks(self) -> set[str]:
         return {path.name for path in self.bench.own().glob("*disk*")}
