@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from qmpd.facts import Facts
 
@@ -22,19 +23,23 @@ class Stamp(Facts, frozen=True):
     mtime_ns: int
 
 
+#: What a place looked like: device, inode, size and time of change of what its path leads to; None where there is nothing to be seen.
+Look: TypeAlias = tuple[int, int, int, int] | None
+
+
 class Found(Facts, frozen=True):
-    """The outcome of a search: the path to execute by file name and by every path that leads there, and where was looked."""
+    """The outcome of a search: the path to execute by file name and by every path that leads there, and what the places looked like."""
 
     by_name: dict[str, str]
     by_path: dict[str, str]
-    places: tuple[Stamp | None, ...]
+    places: tuple[Look, ...]
 
 
 def look(configured: Sequence[str], search_path: str) -> Found:
     """Search the configured places (files, or directories of builds), then PATH; who comes first has the name."""
-    files, directories = _files(configured), _directories(configured, search_path)
     # Taken before the search: what changes meanwhile is found by the next one.
-    places = _stamps(files, directories)
+    places = _looks(configured, search_path)
+    files, directories = _files(configured), _directories(configured, search_path)
     by_name: dict[str, str] = {}
     by_path: dict[str, str] = {}
     for link in _candidates(files, directories):
@@ -48,7 +53,7 @@ def look(configured: Sequence[str], search_path: str) -> Found:
 
 def still_right(found: Found, configured: Sequence[str], search_path: str) -> bool:
     """Whether another search would find the same: nothing was added to, removed from or renamed in any place."""
-    return found.places == _stamps(_files(configured), _directories(configured, search_path))
+    return found.places == _looks(configured, search_path)
 
 
 def stamp(path: str | Path) -> Stamp | None:
@@ -60,8 +65,31 @@ def stamp(path: str | Path) -> Stamp | None:
     return Stamp(path=str(path), size=status.st_size, mtime_ns=status.st_mtime_ns)
 
 
-def _stamps(files: Sequence[Path], directories: Mapping[str, Sequence[Path]]) -> tuple[Stamp | None, ...]:
-    return tuple(stamp(place) for place in (*map(str, files), *directories))
+def _looks(configured: Sequence[str], search_path: str) -> tuple[Look, ...]:
+    """What every place looks like by the names it was given: every start asks, so no path is resolved for it."""
+    return tuple(_seen(place) for place in (*_inside(configured), *_named(search_path)))
+
+
+def _seen(place: str) -> Look:
+    try:
+        status = os.stat(place)  # noqa: PTH116  at every start, a dozen times
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _inside(configured: Sequence[str]) -> list[str]:
+    """The configured places, and the directories per target that an older build has."""
+    return [found for place in configured for found in (place, *(str(path) for path in _targets(Path(place))))]
+
+
+@lru_cache(4)
+def _named(search_path: str) -> tuple[str, ...]:
+    return tuple(path for path in search_path.split(os.pathsep) if Path(path).is_absolute())
+
+
+def _targets(place: Path) -> list[Path]:
+    return sorted(place.glob("*-softmmu"))
 
 
 def _files(configured: Sequence[str]) -> list[Path]:
@@ -75,8 +103,8 @@ def _directories(configured: Sequence[str], search_path: str) -> dict[str, list[
     for place in map(Path, configured):
         if place.is_dir():
             # An uninstalled build has them at its top, an older one in a directory per target.
-            directories += [place, *sorted(place.glob("*-softmmu"))]
-    directories += [path for path in map(Path, search_path.split(os.pathsep)) if path.is_absolute()]
+            directories += [place, *_targets(place)]
+    directories += map(Path, _named(search_path))
     names: dict[str, list[Path]] = {}
     for path in directories:
         names.setdefault(os.path.realpath(path), []).append(path)

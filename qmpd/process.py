@@ -16,7 +16,7 @@ import resource
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +39,8 @@ _ENVIRONMENT: Final = {
     "QEMU_AUDIO_DRV": "none",
 }
 
+#: A line of /proc/PID/stat: 52 numbers of at most 20 digits, and a name of at most 64.
+STAT_BYTES: Final = 2048
 #: Writes down who the process is. Blocks.
 Recorder = Callable[["Identity"], None]
 
@@ -253,6 +255,7 @@ def _claim(identity: Identity) -> int:
     return pidfd
 
 
+@cache
 def boot_id() -> str:
     """What the kernel calls this boot of the host. Blocks."""
     return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
@@ -261,7 +264,8 @@ def boot_id() -> str:
 def start_time(pid: int) -> int:
     """When a process was started, in the kernel's clock ticks since the boot. Blocks. Raises NotOurs when there is none."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:  # noqa: PTH123  a start waits for this, and the adoption of a hundred
+            stat = file.read(STAT_BYTES) or b""
     except (FileNotFoundError, ProcessLookupError) as error:
         raise NotOurs(f"there is no process {pid}") from error
     # The second field is the name in parentheses, and may hold anything; the start time is the 22nd (proc(5)).
