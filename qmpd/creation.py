@@ -27,9 +27,10 @@ async def created(registry: Registry, spec: MachineSpec, made: Launch) -> Machin
         NoSpace, HostError: its files cannot be made.
         Unknown: it may be stored.
     """
-    await asyncio.to_thread(_place(registry, spec.name, made))
+    # A thread goes on when its caller is cancelled: nobody may clear up, or use the name again, before it has ended.
+    await undivided(asyncio.to_thread(_place(registry, spec.name, made)), f"place:{spec.name}")
     try:
-        await make(made.plan.blank_images, made.plan.copies)
+        await undivided(make(made.plan.blank_images, made.plan.copies), f"make:{spec.name}")
         return await registry.create(_definition(spec))
     except Unknown:
         raise  # it may be stored: the next daemon knows, and does what is right with the files

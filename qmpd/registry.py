@@ -121,9 +121,8 @@ class Registry:
         Raises:
             Lost: somebody else stored one.
         """
-        key = PREFIX + definition.spec.name
         known = definition.spec.name in self._damaged
-        revision = 0 if known else await self._commit(key, 0, msgspec.msgpack.encode(definition))
+        revision = 0 if known else await self._commit(PREFIX + definition.spec.name, 0, msgspec.msgpack.encode(definition))
         await self._look_back([machine := self._add(definition, revision)])
         return machine
 
@@ -153,10 +152,9 @@ class Registry:
     @asynccontextmanager
     async def reserved(self, name: str) -> AsyncIterator[None]:
         """Keeps a name from being used by two who create at the same time. Raises AlreadyExists when it is taken."""
-        if name in self._damaged:
-            raise AlreadyExists(f"there is a machine {name!r} already, whose definition cannot be read", machine=name)
-        if name in self._machines or name in self._being_made:
-            raise AlreadyExists(f"there is a machine {name!r} already", machine=name)
+        if name in self._damaged or name in self.names:
+            unreadable = ", whose definition cannot be read" if name in self._damaged else ""
+            raise AlreadyExists(f"there is a machine {name!r} already{unreadable}", machine=name)
         self._being_made[name] = None
         try:
             yield
@@ -353,7 +351,7 @@ class Registry:
 
     def _add(self, definition: Definition, revision: int) -> Machine:
         machine = Machine(definition, revision, self._publish)
-        machine.on_end = lambda ended: self.on_end(ended)
+        machine.on_end = self._ended
         self._machines[machine.name] = machine
         self._equip(machine)
         return machine
@@ -371,6 +369,9 @@ class Registry:
             machine.exit = ending
         for console, seen in zip(consoles, logs, strict=True):
             console.note(seen)
+
+    def _ended(self, machine: Machine) -> None:
+        self.on_end(machine)
 
     def _equip(self, machine: Machine) -> None:
         """Gives a machine its board and its consoles, as its definition says."""
@@ -397,4 +398,4 @@ class Registry:
 
     def running(self) -> list[Machine]:
         """The machines that have a process."""
-        return [machine for machine in self._machines.values() if machine.state not in AT_REST]
+        return [machine for machine in self if machine.state not in AT_REST]
