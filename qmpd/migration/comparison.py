@@ -8,11 +8,11 @@ from typing import Final, TypeAlias
 import msgspec
 
 from qmpd.migration.discrepancy import discrepancies, found
-from qmpd.migration.likeness import Arrival, ArrivingDisk, DepartingDisk, Departure, FirmwareFile
+from qmpd.migration.likeness import DestinationFacts, FirmwareFile, SourceDisk, SourceFacts, TargetDisk
 from qmpd.migrationviews import MigrationFinding, Severity
 
 MIB: Final = 1024 * 1024
-Check: TypeAlias = Callable[[Departure, Arrival], Iterator[MigrationFinding]]
+Check: TypeAlias = Callable[[SourceFacts, DestinationFacts], Iterator[MigrationFinding]]
 _ORDER: Final[dict[Severity, int]] = {"error": 0, "warning": 1, "info": 2}
 
 #: Errors that may be taken upon oneself: if QEMU refuses the state, the guest goes on; if the guest minds, its owner knew.
@@ -32,7 +32,7 @@ _WORKS: Final[dict[str, tuple[Severity, str]]] = {
 _STOPPED_BY_ITSELF: Final = frozenset({"io-error", "internal-error", "guest-panicked", "watchdog", "shutdown"})
 
 
-def compared(departure: Departure, arrival: Arrival) -> tuple[MigrationFinding, ...]:
+def compared(departure: SourceFacts, arrival: DestinationFacts) -> tuple[MigrationFinding, ...]:
     """Everything that speaks against a migration, or is worth knowing before it: errors first."""
     findings = [finding for check in CHECKS for finding in check(departure, arrival)]
     return tuple(sorted(findings, key=lambda finding: _ORDER[finding.severity]))
@@ -53,7 +53,7 @@ def accepted(findings: tuple[MigrationFinding, ...], codes: tuple[str, ...]) -> 
     )
 
 
-def _protocol(departure: Departure, arrival: Arrival) -> Iterator[MigrationFinding]:
+def _protocol(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     if departure.protocol not in arrival.protocols:
         spoken = ", ".join(map(str, arrival.protocols)) or "none"
         yield found(
@@ -64,7 +64,7 @@ def _protocol(departure: Departure, arrival: Arrival) -> Iterator[MigrationFindi
         )
 
 
-def _taken(departure: Departure, arrival: Arrival) -> Iterator[MigrationFinding]:
+def _taken(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     if arrival.name_taken:
         message = f"the destination has a machine {departure.name} already"
         yield found("error", "name-taken", message, path="$.name", mend="rename or delete one of them")
@@ -77,7 +77,7 @@ def _taken(departure: Departure, arrival: Arrival) -> Iterator[MigrationFinding]
             yield found("warning", "mac-taken", message, path="$.nics", mend="on one network they would disturb each other: change one")
 
 
-def _state(departure: Departure, _arrival: Arrival) -> Iterator[MigrationFinding]:
+def _state(departure: SourceFacts, _arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     qemu = departure.qemu
     for reason in qemu.blockers:
         yield found("error", "blocked", f"QEMU says that it cannot be migrated: {reason}")
@@ -91,13 +91,13 @@ def _state(departure: Departure, _arrival: Arrival) -> Iterator[MigrationFinding
         yield found("warning", "guest-stopped", f"the guest has stopped ({qemu.status}), and will arrive like that")
 
 
-def _board(departure: Departure, _arrival: Arrival) -> Iterator[MigrationFinding]:
+def _board(departure: SourceFacts, _arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     if departure.works in _WORKS:
         severity, message = _WORKS[departure.works]
         yield found(severity, f"board-{departure.works}", message, path="$.board")
 
 
-def _twin(departure: Departure, arrival: Arrival) -> Iterator[MigrationFinding]:
+def _twin(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     if arrival.qemu is None:
         yield found("error", "cannot-start", f"the destination cannot start this machine: {arrival.problem or 'it does not say why'}")
         return
@@ -108,7 +108,7 @@ def _twin(departure: Departure, arrival: Arrival) -> Iterator[MigrationFinding]:
         yield found("error", "capability-missing", f"the goal needs {name}, which is not in both QEMUs", mend="leave it out")
 
 
-def _alias(departure: Departure, _arrival: Arrival) -> Iterator[MigrationFinding]:
+def _alias(departure: SourceFacts, _arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     if departure.alias and departure.alias != departure.qemu.machine:
         yield found(
             "info",
@@ -119,7 +119,7 @@ def _alias(departure: Departure, _arrival: Arrival) -> Iterator[MigrationFinding
         )
 
 
-def _firmware(departure: Departure, arrival: Arrival) -> Iterator[MigrationFinding]:
+def _firmware(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     there = {file.role: file for file in arrival.firmware}
     for file in departure.firmware:
         yield from _firmware_file(file, there.get(file.role))
@@ -137,7 +137,7 @@ def _firmware_file(here: FirmwareFile, there: FirmwareFile | None) -> Iterator[M
         yield found("warning", "firmware-differs", message, path=path, mend=mend)
 
 
-def _disks(departure: Departure, arrival: Arrival) -> Iterator[MigrationFinding]:
+def _disks(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     there = {disk.index: disk for disk in arrival.disks}
     for disk in departure.disks:
         path, other = f"$.disks[{disk.index}]", there.get(disk.index)
@@ -147,7 +147,7 @@ def _disks(departure: Departure, arrival: Arrival) -> Iterator[MigrationFinding]
             yield from _shared(disk, other, path) if disk.how == "shared" else _copied(disk, other, path)
 
 
-def _shared(here: DepartingDisk, there: ArrivingDisk, path: str) -> Iterator[MigrationFinding]:
+def _shared(here: SourceDisk, there: TargetDisk, path: str) -> Iterator[MigrationFinding]:
     mend = "copy it (--copy-storage), or mount the storage at the same place on both hosts"
     if not there.exists:
         yield found("error", "disk-missing", f"there is no {there.path} at the destination", path=path, mend=mend)
@@ -161,7 +161,7 @@ def _shared(here: DepartingDisk, there: ArrivingDisk, path: str) -> Iterator[Mig
         yield found("error", "disk-format", f"this disk is {here.format}, and {there.format} at the destination", path=path)
 
 
-def _copied(here: DepartingDisk, there: ArrivingDisk, path: str) -> Iterator[MigrationFinding]:
+def _copied(here: SourceDisk, there: TargetDisk, path: str) -> Iterator[MigrationFinding]:
     if there.same:
         message = f"{there.path} at the destination is the very file that would be copied"
         yield found("error", "disk-is-shared", message, path=path, mend="move it as shared storage (--shared-storage)")
@@ -176,19 +176,19 @@ def _copied(here: DepartingDisk, there: ArrivingDisk, path: str) -> Iterator[Mig
         yield found("error", "no-space", message, path=path, mend="make room, or say another target path")
 
 
-def _ports(departure: Departure, arrival: Arrival) -> Iterator[MigrationFinding]:
+def _ports(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     for port in departure.forwards:
         if port in arrival.ports_taken:
             message = f"port {port.port}/{port.protocol} of {port.address} is taken at the destination"
             yield found("error", "port-taken", message, path="$.nics", mend="free it, or let the system choose (host_port = 0)")
 
 
-def _limits(_departure: Departure, arrival: Arrival) -> Iterator[MigrationFinding]:
+def _limits(_departure: SourceFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     for name, reason in sorted(arrival.limits_unkept.items()):
         yield found("error", "limit-unkept", f"the destination cannot keep this limit: {reason}", path=f"$.limits.{name}")
 
 
-def _room(departure: Departure, arrival: Arrival) -> Iterator[MigrationFinding]:
+def _room(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     needed = departure.qemu.memory_bytes // MIB
     if arrival.free_memory_mib is not None and arrival.free_memory_mib < needed:
         message = f"the guest has {needed} MiB of memory, and the destination has {arrival.free_memory_mib} MiB available"

@@ -101,7 +101,7 @@ class HostPort(Part, frozen=True, kw_only=True):
     port: int
 
 
-class DepartingDisk(Part, frozen=True, kw_only=True):
+class SourceDisk(Part, frozen=True, kw_only=True):
     """A disk at the source, and how it is to go; `bytes` is what the guest sees."""
 
     index: int
@@ -110,7 +110,7 @@ class DepartingDisk(Part, frozen=True, kw_only=True):
     bytes: int
 
 
-class ArrivingDisk(Part, frozen=True, kw_only=True):
+class TargetDisk(Part, frozen=True, kw_only=True):
     """What is at the destination where a disk is to be. `same` says whether it is the source's file: None if nobody can tell.
     `needed_bytes` and `free_bytes` are of the file system it goes to."""
 
@@ -124,7 +124,7 @@ class ArrivingDisk(Part, frozen=True, kw_only=True):
     free_bytes: int | None = None
 
 
-class Departure(Part, frozen=True, kw_only=True):
+class SourceFacts(Part, frozen=True, kw_only=True):
     """A machine at its source. `works` is what its board file says of migration, `alias` the machine type as the definition has it.
     `channels` and `postcopy` are what the request asks for."""
 
@@ -136,13 +136,13 @@ class Departure(Part, frozen=True, kw_only=True):
     protocol: int
     qemu: QemuFacts
     firmware: tuple[FirmwareFile, ...] = ()
-    disks: tuple[DepartingDisk, ...] = ()
+    disks: tuple[SourceDisk, ...] = ()
     forwards: tuple[HostPort, ...] = ()
     channels: int = 0
     postcopy: bool = False
 
 
-class Arrival(Part, frozen=True, kw_only=True):
+class DestinationFacts(Part, frozen=True, kw_only=True):
     """What the destination found: a QEMU of its own with the same definition, halted, or why there is none (`problem`); what it has no room
     for or has taken already. `limits_unkept`: limits of the definition it cannot keep, and why."""
 
@@ -150,7 +150,7 @@ class Arrival(Part, frozen=True, kw_only=True):
     qemu: QemuFacts | None = None
     problem: str = ""
     firmware: tuple[FirmwareFile, ...] = ()
-    disks: tuple[ArrivingDisk, ...] = ()
+    disks: tuple[TargetDisk, ...] = ()
     ports_taken: tuple[HostPort, ...] = ()
     limits_unkept: dict[str, str] = {}
     name_taken: bool = False

@@ -15,11 +15,8 @@ from qmpd.migration import comparison, discrepancy
 from qmpd.migration.comparison import ACCEPTABLE, accepted, compared, possible
 from qmpd.migration.discrepancy import SHOWN, shown, versioned
 from qmpd.migration.likeness import (
-    Arrival,
-    ArrivingDisk,
     CpuFacts,
-    DepartingDisk,
-    Departure,
+    DestinationFacts,
     DeviceFacts,
     DriveFacts,
     FirmwareFile,
@@ -27,6 +24,9 @@ from qmpd.migration.likeness import (
     PciFacts,
     QemuFacts,
     RamBlock,
+    SourceDisk,
+    SourceFacts,
+    TargetDisk,
 )
 from qmpd.migrationviews import Severity
 
@@ -56,7 +56,7 @@ QEMU = QemuFacts(
 )
 FIRMWARE = FirmwareFile(role="firmware.code", bytes=100, sha256="aa")
 PORT = HostPort(protocol="tcp", address="127.0.0.1", port=2222)
-DEPARTURE = Departure(
+DEPARTURE = SourceFacts(
     name="web",
     uuid="6f1f5d4c-7d0a-4d5c-9b0e-0d6f3a2b1c00",
     macs=("52:54:00:00:00:01",),
@@ -64,25 +64,27 @@ DEPARTURE = Departure(
     protocol=1,
     qemu=QEMU,
     firmware=(FIRMWARE,),
-    disks=(DepartingDisk(index=0, how="shared", format="raw", bytes=MIB),),
+    disks=(SourceDisk(index=0, how="shared", format="raw", bytes=MIB),),
     forwards=(PORT,),
 )
-SHARED = ArrivingDisk(index=0, path="/pool/web.img", exists=True, same=True, bytes=MIB, format="raw")
-ARRIVAL = Arrival(protocols=(1,), qemu=replace(QEMU, status="prelaunch"), firmware=(FIRMWARE,), disks=(SHARED,), free_memory_mib=4096)
+SHARED = TargetDisk(index=0, path="/pool/web.img", exists=True, same=True, bytes=MIB, format="raw")
+ARRIVAL = DestinationFacts(
+    protocols=(1,), qemu=replace(QEMU, status="prelaunch"), firmware=(FIRMWARE,), disks=(SHARED,), free_memory_mib=4096
+)
 
 Found = tuple[Severity, str]
 
 
-def codes(departure: Departure = DEPARTURE, arrival: Arrival = ARRIVAL) -> list[Found]:
+def codes(departure: SourceFacts = DEPARTURE, arrival: DestinationFacts = ARRIVAL) -> list[Found]:
     return [(finding.severity, finding.code) for finding in compared(departure, arrival)]
 
 
-def there(**changes: object) -> Arrival:
+def there(**changes: object) -> DestinationFacts:
     """A destination whose QEMU is other than the source's."""
     return replace(ARRIVAL, qemu=replace(QEMU, **changes))
 
 
-def here(**changes: object) -> Departure:
+def here(**changes: object) -> SourceFacts:
     """A source whose QEMU is other than the destination's."""
     return replace(DEPARTURE, qemu=replace(QEMU, **changes))
 
@@ -91,7 +93,7 @@ def cpu(**changes: object) -> CpuFacts:
     return replace(CPU, **changes)
 
 
-def message(departure: Departure = DEPARTURE, arrival: Arrival = ARRIVAL) -> str:
+def message(departure: SourceFacts = DEPARTURE, arrival: DestinationFacts = ARRIVAL) -> str:
     (finding,) = compared(departure, arrival)
     return finding.message
 
@@ -218,7 +220,7 @@ def test_known_troubles_between_versions_are_told(
     assert all("the guest goes on at its source" in finding.message for finding in told)
 
 
-OTHER_SOURCE: Final[dict[str, tuple[Departure, list[Found]]]] = {
+OTHER_SOURCE: Final[dict[str, tuple[SourceFacts, list[Found]]]] = {
     "blocked": (here(blockers=("device ivshmem",)), [("error", "blocked")]),
     "recorded": (here(replay="record"), [("error", "replay")]),
     "dumped": (here(dumping=True), [("error", "dumping")]),
@@ -248,7 +250,7 @@ def test_what_keeps_a_machine_at_its_source_is_found(case: str) -> None:
     assert codes(departure) == expected
 
 
-OTHER_DESTINATION: Final[dict[str, tuple[Arrival, list[Found]]]] = {
+OTHER_DESTINATION: Final[dict[str, tuple[DestinationFacts, list[Found]]]] = {
     "protocol": (replace(ARRIVAL, protocols=(2, 3)), [("error", "protocol-differs")]),
     "no protocol": (replace(ARRIVAL, protocols=()), [("error", "protocol-differs")]),
     "no start": (replace(ARRIVAL, qemu=None, problem="no such file"), [("error", "cannot-start")]),
@@ -277,8 +279,8 @@ def test_what_the_destination_has_no_room_for_is_found(case: str) -> None:
     assert codes(arrival=arrival) == expected
 
 
-COPIED = replace(DEPARTURE, disks=(DepartingDisk(index=0, how="copy", format="raw", bytes=MIB),))
-FREE = ArrivingDisk(index=0, path="/pool/web.img", exists=False, needed_bytes=MIB, free_bytes=2 * MIB)
+COPIED = replace(DEPARTURE, disks=(SourceDisk(index=0, how="copy", format="raw", bytes=MIB),))
+FREE = TargetDisk(index=0, path="/pool/web.img", exists=False, needed_bytes=MIB, free_bytes=2 * MIB)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +295,7 @@ FREE = ArrivingDisk(index=0, path="/pool/web.img", exists=False, needed_bytes=MI
         (replace(FREE, exists=True, bytes=1), [("error", "disk-target-exists"), ("error", "disk-too-small")]),
     ],
 )
-def test_a_disk_that_is_copied_needs_a_place(disk: ArrivingDisk, expected: list[Found]) -> None:
+def test_a_disk_that_is_copied_needs_a_place(disk: TargetDisk, expected: list[Found]) -> None:
     assert codes(COPIED, replace(ARRIVAL, disks=(disk,))) == expected
 
 
