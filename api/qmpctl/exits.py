@@ -83,6 +83,19 @@ def lines_of(error: QmpdError, subject: str = "") -> Iterator[str]:
     tail = error.details.get("stderr")
     if isinstance(tail, str):
         yield from (f"  stderr: {printable(line)}" for line in tail.splitlines())
+    yield from map(printable, _findings(error))
+
+
+def _findings(error: QmpdError) -> Iterator[str]:
+    """What was in the way of a migration, which comes with the error of one that was not begun."""
+    findings = error.details.get("findings")
+    if isinstance(findings, list):
+        import msgspec
+
+        from qmpctl.journeys import finding_lines
+        from qmpd.migrationviews import MigrationFinding
+
+        yield from finding_lines(msgspec.convert(findings, tuple[MigrationFinding, ...]))
 
 
 def report(error: QmpdError, subject: str = "") -> Exit:

@@ -11,6 +11,7 @@ import click
 from qmpctl.completion import job_ids, machine_names
 from qmpctl.exits import Exit, report
 from qmpctl.invocation import Verb, as_json, perform
+from qmpctl.journeys import progress_text
 from qmpctl.tables import ago, print_facts, print_json, print_table, printable
 
 if TYPE_CHECKING:
@@ -132,6 +133,8 @@ def _print_job(job: JobView) -> None:
 
 def _progress(job: JobView) -> str:
     progress = job.progress
+    if progress.migration is not None:
+        return progress_text(progress.migration)
     parts = [progress.phase]
     if progress.total:
         parts.append(f"{progress.done:g}/{progress.total:g} {progress.unit}".rstrip())
@@ -165,10 +168,17 @@ def exit_of(job: JobView) -> int:
 @contextmanager
 def meter(what: str) -> Iterator[Callable[[JobView], None]]:
     """Where a job's progress goes: a bar on stderr if that is a terminal, else nowhere."""
+    with meters() as begin:
+        yield begin(what)
+
+
+@contextmanager
+def meters() -> Iterator[Callable[[str], Callable[[JobView], None]]]:
+    """The same for several jobs at once: a bar for each as long as it is not over."""
     import sys
 
     if not sys.stderr.isatty():
-        yield lambda _job: None
+        yield lambda _what: lambda _job: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -179,10 +189,16 @@ def meter(what: str) -> Iterator[Callable[[JobView], None]]:
         TextColumn("{task.fields[phase]}", markup=False),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(printable(what), total=None, phase="")
+    # What is printed while bars are shown goes above them, but not if it goes somewhere else than to the terminal.
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
 
-        def show(job: JobView) -> None:
-            bar.update(task, completed=job.progress.done, total=job.progress.total, phase=printable(_progress(job)))
+        def begin(what: str) -> Callable[[JobView], None]:
+            task = bar.add_task(printable(what), total=None, phase="")
 
-        yield show
+            def show(job: JobView) -> None:
+                bar.update(task, completed=job.progress.done, total=job.progress.total, phase=printable(_progress(job)))
+                bar.update(task, visible=job.state == "running")
+
+            return show
+
+        yield begin
