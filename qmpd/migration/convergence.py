@@ -260,12 +260,15 @@ class Tuner:
         needless = self.goal.then == "postcopy" and self.goal.deadline_s is not None
         if not self._can_slow or self.goal.auto_converge != "auto" or needless or not to_come:
             return None
+        if self._slowed_percent > IDLE_PERCENT and self.measured.latest.throttle_percent < self._slowed_percent:
+            self.measured.begin_counting_anew()  # QEMU takes some passes to do it
+            return None
         if self.measured.stalled_passes < PATIENCE_PASSES:
             return None
         self.measured.begin_counting_anew()
         increment, self._slowed_percent = to_come[0] - self._slowed_percent, to_come[0]
         return Set(
-            parameters=_throttle_at(IDLE_PERCENT, increment, to_come[0]),
+            parameters=_throttle_at(to_come[0], increment, to_come[0]),
             reason=f"{PATIENCE_PASSES} passes brought nothing, the guest is slowed by up to {to_come[0]} %: {self._state()}",
         )
 
