@@ -273,9 +273,8 @@ class Registry:
     def check_revision(self, machine: Machine, revision: int) -> None:
         """Raises StaleRevision when the definition is not of this revision any more."""
         if revision != machine.revision:
-            raise StaleRevision(
-                f"machine {machine.name!r} is at revision {machine.revision}, not {revision}: read it again", revision=machine.revision
-            )
+            message = f"machine {machine.name!r} is at revision {machine.revision}, not {revision}: read it again"
+            raise StaleRevision(message, revision=machine.revision)
 
     async def delete(self, machine: Machine) -> None:
         """Deletes a machine at rest: its record first, then its files.
