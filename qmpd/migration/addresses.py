@@ -48,10 +48,12 @@ def candidates(listening: Listening) -> Iterator[Address]:
         yield from (TcpAddress(host=listening.host, port=port) for port in range(listening.first, listening.last + 1))
 
 
-def uri(address: Address) -> str:
+def uri(address: Address | Listening) -> str:
     """The address as `migrate` and `migrate-incoming` take it. Raises Invalid for what would mean something else to QEMU."""
     if isinstance(address, UnixAddress):
         return f"unix:{_path(address.path)}"
+    if isinstance(address, TcpRange):
+        return f"tcp:{_bracketed(address.host)}:{_port(address.first)},to={_port(address.last)}"
     return f"tcp:{_bracketed(address.host)}:{_port(address.port)}"
 
 

@@ -6,17 +6,17 @@ away, so nothing here is undone. What is made in it is found by its name, so tha
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Final, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Final
 
 import msgspec
 
 from qmpd.errors import MigrationFailed, QemuRefused
 from qmpd.migration import capabilities, tls
-from qmpd.migration.addresses import Address, Listening, candidates, legacy_address, uri
+from qmpd.migration.addresses import Address, Listening, TcpAddress, UnixAddress, candidates, legacy_address, uri
 from qmpd.migration.capabilities import Agreed
 from qmpd.migration.progress import POSTCOPY, Progress
-from qmpd.migration.qemu import PREFIX, SINCE_8_2, Qemu, ask_list, has_command, run_state
+from qmpd.migration.qemu import PREFIX, SINCE_8_2, Qemu, ask_list, ask_map, has_command, run_state
 from qmpd.migration.tls import ServerTls
 from qmpd.migration.watch import Watch, watching
 
@@ -24,7 +24,6 @@ from qmpd.migration.watch import Watch, watching
 STAYS: Final = "migrate-incoming.exit-on-error"
 #: What QEMU says of an address that somebody else listens at.
 _TAKEN: Final = "in use"
-_T = TypeVar("_T")
 
 
 class Listen(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,12 +61,18 @@ async def listen(qemu: Qemu, wanted: Listen) -> Endpoint:
     await capabilities.apply(qemu, capabilities.DESTINATION, wanted.agreed, tls.parameters(wanted.tls))
     disks_at = await _export(qemu, wanted) if wanted.disks else None
     further = {"exit-on-error": False} if wanted.stays else {}
+    # QEMU looks for a free port itself: from 10.0 on, a destination that found one taken does not listen at another any more.
+    await qemu.execute("migrate-incoming", {"uri": uri(wanted.memory), **further})
+    return Endpoint(memory=await _found(qemu, wanted.memory), disks_at=disks_at, disks=wanted.disks)
 
-    async def incoming(address: Address) -> None:
-        await qemu.execute("migrate-incoming", {"uri": uri(address), **further})
 
-    memory = await _first_free(wanted.memory, incoming)
-    return Endpoint(memory=memory, disks_at=disks_at, disks=wanted.disks)
+async def _found(qemu: Qemu, memory: Listening) -> Address:
+    if isinstance(memory, UnixAddress):
+        return memory
+    match (await ask_map(qemu, "query-migrate")).get("socket-address"):
+        case [{"type": "inet", "port": str(port)}]:
+            return TcpAddress(host=memory.host, port=int(port))
+    raise MigrationFailed(f"QEMU does not say which port of {memory} it listens at")
 
 
 async def wait_loaded(qemu: Qemu, report: Callable[[Progress], None] = lambda _progress: None) -> None:
@@ -138,21 +143,19 @@ async def _export(qemu: Qemu, wanted: Listen) -> Address:
         raise MigrationFailed("disks are to be received, and there is no address to receive them at")
     protection: Mapping[str, object] = {} if wanted.tls is None else {"tls-creds": tls.CREDENTIALS, "tls-authz": tls.AUTHORIZATION}
 
-    async def serve(address: Address) -> None:
-        # Not limited to one connection for each disk: a caller that says nothing would take the place of the one that is awaited.
-        await qemu.execute("nbd-server-start", {"addr": legacy_address(address), **protection})
-
-    found = await _first_free(wanted.disks_at, serve)
+    found = await _serve(qemu, wanted.disks_at, protection)
     for node in wanted.disks:
         export = {"type": "nbd", "id": f"{PREFIX}-{node}", "node-name": node, "name": node, "writable": True}
         await qemu.execute("block-export-add", export)
     return found
 
 
-async def _first_free(listening: Listening, start: Callable[[Address], Awaitable[_T]]) -> Address:
+async def _serve(qemu: Qemu, listening: Listening, protection: Mapping[str, object]) -> Address:
+    # Which port the NBD server has chosen cannot be asked, so it is not left to choose.
     for address in candidates(listening):
         try:
-            await start(address)
+            # Not limited to one connection for each disk: a caller that says nothing would take the place of the one that is awaited.
+            await qemu.execute("nbd-server-start", {"addr": legacy_address(address), **protection})
         except QemuRefused as error:
             if _TAKEN not in error.message:
                 raise

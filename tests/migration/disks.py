@@ -16,7 +16,7 @@ from tests.migration.ends import End, Ends, unchanged
 from tests.process.emulator import PATIENCE_S, QEMU
 
 #: The guest's own megabyte, and something to copy behind it.
-DISK_BYTES: Final = 16 * 1024 * 1024
+DISK_BYTES: Final = 8 * 1024 * 1024
 #: The node of the disk.
 NODE: Final = "d0"
 

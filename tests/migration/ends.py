@@ -59,6 +59,13 @@ class End:
         return found
 
 
+async def is_tidy(destination: End, launched: dict[str, object]) -> bool:
+    """Whether nothing of a migration is left in a destination but its guest."""
+    now = await destination.everything()
+    changing = ("query-status", "nodes")  # the guest runs, and its disks are its own
+    return {**now, **dict.fromkeys(changing)} == {**launched, **dict.fromkeys(changing)}
+
+
 class Ends:
     """Starts them, in one directory."""
 

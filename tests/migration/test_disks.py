@@ -16,7 +16,7 @@ from qmpd.migration.addresses import Address, TcpAddress, TcpRange
 from qmpd.migration.incoming import Endpoint, Listen, listen, wait_loaded
 from qmpd.migration.tls import ClientTls, ServerTls
 from tests.migration.disks import DISK_BYTES, NODE, Writers
-from tests.migration.ends import End, GivenUpError, at, attempt, giving_up_at, go_on, moved, outgoing_to, signalling_at, unchanged
+from tests.migration.ends import End, GivenUpError, at, attempt, giving_up_at, go_on, is_tidy, moved, outgoing_to, signalling_at, unchanged
 from tests.process.emulator import content
 
 pytestmark = pytest.mark.qemu
@@ -42,7 +42,7 @@ async def test_a_disk_moves_over_tls(writers: Writers, server_tls: ServerTls, cl
     launched = await destination.everything()
     await moved(source, destination, Listen(memory=PORTS, disks_at=PORTS, disks=(NODE,), tls=server_tls), client_tls)
     await writers.written(destination, 4)
-    assert await destination.everything() == {**launched, "query-status": await destination.monitor.execute("query-status")}
+    assert await is_tidy(destination, launched)
     assert await destination.monitor.execute("query-block-exports") == []
     await destination.monitor.execute("stop")
     writers.check(copy, source, destination)
@@ -53,7 +53,7 @@ STEPS = ("none", "active", "halted", "arrived")
 
 
 #: So slow that the step is seen.
-SPEEDS = {"none": 100_000, "active": 2_000_000}
+SPEEDS = {"none": 4_000_000, "active": 2_000_000}
 
 
 async def listening(writers: Writers, source_disk: Path) -> tuple[End, Endpoint]:

@@ -12,7 +12,7 @@ from qmpd.migration.addresses import TcpRange
 from qmpd.migration.capabilities import Agreed
 from qmpd.migration.incoming import Listen, listen, wait_loaded
 from qmpd.migration.tls import ClientTls, ServerTls
-from tests.migration.ends import Ends, at, attempt, go_on, moved, outgoing_to
+from tests.migration.ends import Ends, at, attempt, go_on, is_tidy, moved, outgoing_to
 
 pytestmark = pytest.mark.qemu
 PORTS = TcpRange(host="127.0.0.1", first=23000, last=23999)
@@ -38,7 +38,7 @@ async def test_a_guest_moves_over_tls(ends: Ends, server_tls: ServerTls, client_
     await ends.printed(destination, 400)
     trace = ends.trace(source, destination)
     assert (trace.whole, trace.boots) == (True, 1), trace
-    assert await destination.everything() == {**launched, "query-status": await destination.monitor.execute("query-status")}
+    assert await is_tidy(destination, launched)
 
 
 @pytest.mark.parametrize("intruder", ["hostc", "stranger"])
