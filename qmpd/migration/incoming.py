@@ -15,7 +15,7 @@ from qmpd.errors import MigrationFailed, QemuRefused
 from qmpd.migration import capabilities, tls
 from qmpd.migration.addresses import Address, Listening, TcpAddress, UnixAddress, candidates, legacy_address, uri
 from qmpd.migration.capabilities import Agreed
-from qmpd.migration.progress import POSTCOPY, Progress
+from qmpd.migration.progress import Progress
 from qmpd.migration.qemu import PREFIX, SINCE_8_2, Qemu, ask_list, ask_map, has_command, run_state
 from qmpd.migration.tls import ServerTls
 from qmpd.migration.watch import Watch, watching
@@ -51,19 +51,32 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 async def listen(qemu: Qemu, wanted: Listen) -> Endpoint:
     """Has the destination listen, for one client alone, and returns what the source must know.
 
+    With disks, `receive_disks` first, and `receive_memory` when they are copied: a caller that says nothing keeps a QEMU that waits at
+    its migration port from everything else, until it leaves.
+
     Raises:
         MigrationFailed: no port of the range is free, or this QEMU lacks a capability.
-        QemuRefused: QEMU does not take the certificates, or a node is none that can be exported.
+        QemuRefused: no port is free, QEMU does not take the certificates, or a node is none that can be exported.
         Invalid: an address cannot be one.
     """
+    disks_at = await receive_disks(qemu, wanted)
+    return Endpoint(memory=await receive_memory(qemu, wanted), disks_at=disks_at, disks=wanted.disks)
+
+
+async def receive_disks(qemu: Qemu, wanted: Listen) -> Address | None:
+    """Sets the destination, and has it listen for disks if there are any. Raises as `listen`."""
     if wanted.tls is not None:
         await tls.add(qemu, wanted.tls)
     await capabilities.apply(qemu, capabilities.DESTINATION, wanted.agreed, tls.parameters(wanted.tls))
-    disks_at = await _export(qemu, wanted) if wanted.disks else None
+    return await _export(qemu, wanted) if wanted.disks else None
+
+
+async def receive_memory(qemu: Qemu, wanted: Listen) -> Address:
+    """Has the destination listen for memory and devices. Raises as `listen`."""
     further = {"exit-on-error": False} if wanted.stays else {}
     # QEMU looks for a free port itself: from 10.0 on, a destination that found one taken does not listen at another any more.
     await qemu.execute("migrate-incoming", {"uri": uri(wanted.memory), **further})
-    return Endpoint(memory=await _found(qemu, wanted.memory), disks_at=disks_at, disks=wanted.disks)
+    return await _found(qemu, wanted.memory)
 
 
 async def _found(qemu: Qemu, memory: Listening) -> Address:
@@ -97,7 +110,28 @@ async def wait_postcopy(qemu: Qemu) -> None:
     Raises what `wait_loaded` raises.
     """
     with watching(qemu) as watch:
-        await _until(watch, POSTCOPY | {"completed"}, lambda _progress: None)
+        await _until(watch, frozenset({"postcopy-active", "completed"}), lambda _progress: None)
+        while await run_state(qemu) == "inmigrate":  # its devices come a moment later
+            await watch.wake()
+    await end_exports(qemu)
+
+
+async def recover(qemu: Qemu, listening: Listening) -> Address:
+    """Has a destination whose memory stopped coming (`postcopy-paused`) listen again. Its guest may wait for that with all of QEMU.
+
+    Raises:
+        QemuRefused: it does not wait for that, or the address is taken.
+        MigrationFailed: no port of the range is free.
+    """
+    for address in candidates(listening):
+        try:
+            await qemu.execute_oob("migrate-recover", {"uri": uri(address)})
+        except QemuRefused as error:
+            if _TAKEN not in error.message:
+                raise
+        else:
+            return address
+    raise MigrationFailed(f"there is no free port to listen at: {listening}")
 
 
 async def _until(watch: Watch, wanted: frozenset[str], report: Callable[[Progress], None]) -> None:

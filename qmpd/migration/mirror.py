@@ -20,6 +20,8 @@ import msgspec
 from qmpd.errors import MigrationFailed, QemuRefused, QemuSilent
 from qmpd.migration import tls
 from qmpd.migration.addresses import Address, socket_address
+from qmpd.migration.blockjobs import Job, concluded, words
+from qmpd.migration.blockjobs import jobs as current_jobs
 from qmpd.migration.progress import DiskProgress
 from qmpd.migration.qemu import IMPATIENT_S, PREFIX, SINCE_8_2, Qemu, ask_list, execute_or_yank, has_command, yank
 from qmpd.migration.tls import ClientTls
@@ -41,20 +43,6 @@ class DiskCopy(msgspec.Struct, frozen=True, kw_only=True):
     node: str
     export: str
     top: bool = False
-
-
-class _Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A job as QEMU reports it."""
-
-    ident: str
-    status: str
-    done: int
-    total: int
-    error: str | None
-
-    @property
-    def behind(self) -> bool:
-        return self.done < self.total
 
 
 class Mirrors:
@@ -115,14 +103,14 @@ class Mirrors:
             await self._qemu.execute(SINCE_8_2, {"id": name, "type": "mirror", "copy-mode": "write-blocking"})
         self._following = True
 
-    async def check(self) -> dict[str, _Job]:
+    async def check(self) -> dict[str, Job]:
         """The jobs; raises MigrationFailed as `until_following`."""
-        jobs = await _jobs(self._qemu)
+        jobs = await current_jobs(self._qemu)
         now = asyncio.get_running_loop().time()
         for name, disk in self._disks.items():
             job = jobs.get(name)
             if job is None or job.status in {"concluded", "aborting", "null"}:
-                raise MigrationFailed(f"the copy of disk {disk.node!r} ended: {_words(job)}", node=disk.node)
+                raise MigrationFailed(f"the copy of disk {disk.node!r} ended: {words(job)}", node=disk.node)
             done, since = self._moved.get(name, (-1, now))
             if job.done != done or not job.behind:
                 self._moved[name] = (job.done, now)
@@ -130,7 +118,7 @@ class Mirrors:
                 raise MigrationFailed(f"the copy of disk {disk.node!r} stood still for {STALL_LIMIT_S:g} s", node=disk.node)
         return {name: jobs[name] for name in self._disks}
 
-    def progress(self, jobs: Mapping[str, _Job]) -> tuple[DiskProgress, ...]:
+    def progress(self, jobs: Mapping[str, Job]) -> tuple[DiskProgress, ...]:
         """The jobs as figures."""
         return tuple(
             DiskProgress(node=disk.node, done_bytes=jobs[name].done, total_bytes=jobs[name].total, ready=jobs[name].status == "ready")
@@ -156,9 +144,9 @@ class Mirrors:
             try:
                 async with asyncio.timeout(STALL_LIMIT_S):
                     for name, disk in self._disks.items():
-                        job = await _concluded(self._qemu, name, watch)
+                        job = await concluded(self._qemu, name, watch)
                         if job is None or job.error is not None:
-                            raise MigrationFailed(f"the copy of disk {disk.node!r} was not completed: {_words(job)}", node=disk.node)
+                            raise MigrationFailed(f"the copy of disk {disk.node!r} was not completed: {words(job)}", node=disk.node)
             except TimeoutError as error:
                 raise MigrationFailed(f"the copies of the disks were not complete within {STALL_LIMIT_S:g} s") from error
         for name in self._disks:
@@ -185,7 +173,7 @@ async def drop_all(qemu: Qemu) -> None:
     with watching(qemu) as watch:
         try:
             async with asyncio.timeout(END_LIMIT_S):
-                for name, job in (await _jobs(qemu)).items():
+                for name, job in (await current_jobs(qemu)).items():
                     if name.startswith(PREFIX):
                         await _end(qemu, name, job, watch)
         except TimeoutError as error:
@@ -194,46 +182,15 @@ async def drop_all(qemu: Qemu) -> None:
         await qemu.execute("blockdev-del", {"node-name": name})
 
 
-async def _end(qemu: Qemu, name: str, job: _Job, watch: Watch) -> None:
+async def _end(qemu: Qemu, name: str, job: Job, watch: Watch) -> None:
     if job.status != "concluded":
         with suppress(QemuRefused, QemuSilent):  # it may have failed meanwhile, now that its connection is broken
             await qemu.execute("block-job-cancel", {"device": name, "force": True}, deadline_s=IMPATIENT_S)
         await yank(qemu)
-    if await _concluded(qemu, name, watch) is not None:
+    if await concluded(qemu, name, watch) is not None:
         await qemu.execute("job-dismiss", {"id": name})
 
 
 async def _targets(qemu: Qemu) -> frozenset[str]:
     nodes = await ask_list(qemu, "query-named-block-nodes", {"flat": True})
     return frozenset(name for node in nodes if (name := str(node.get("node-name"))).startswith(PREFIX))
-
-
-async def _concluded(qemu: Qemu, name: str, watch: Watch) -> _Job | None:
-    while True:
-        job = (await _jobs(qemu)).get(name)
-        if job is None or job.status == "concluded":
-            return job
-        await watch.wake()
-
-
-async def _jobs(qemu: Qemu) -> dict[str, _Job]:
-    return {job.ident: job for job in map(_job, await ask_list(qemu, "query-jobs"))}
-
-
-def _job(answer: Mapping[str, object]) -> _Job:
-    error = answer.get("error")
-    return _Job(
-        ident=str(answer.get("id")),
-        status=str(answer.get("status")),
-        done=_bytes(answer.get("current-progress")),
-        total=_bytes(answer.get("total-progress")),
-        error=error if isinstance(error, str) else None,
-    )
-
-
-def _bytes(value: object) -> int:
-    return value if isinstance(value, int) else 0
-
-
-def _words(job: _Job | None) -> str:
-    return "its job is gone" if job is None else job.error or "QEMU does not say why"

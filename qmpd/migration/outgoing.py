@@ -104,18 +104,58 @@ class Outgoing:
         await capabilities.apply(self._qemu, (*capabilities.SOURCE, *wanted.helping), wanted.agreed, parameters)
         await self._mirrors.begin(wanted.bytes_per_s)
 
-    async def send(self, report: Report) -> None:
-        """Copies disks and memory until the guest is halted for what is left. It stands still then: `switch_over` at once.
+    async def copy(self, report: Report) -> None:
+        """Copies the disks until the copies follow every write. The destination need not listen for memory before.
+
+        Raises:
+            MigrationFailed: a copy failed, or stands still.
+        """
+        with watching(self._qemu) as watch:
+            while self._mirrors and (disks := await self._mirrors.until_following(watch)) is not None:
+                await report(Progress(disks=disks))
+
+    async def send(self, report: Report, memory: Address | None = None) -> None:
+        """Sends disks and memory until the guest is halted for what is left. It stands still then: `switch_over` at once.
+
+        `memory` is where to, if that was not known before.
 
         Raises:
             MigrationFailed: it failed, or nothing moves.
         """
+        await self.copy(report)
         with watching(self._qemu) as watch:
-            if self._mirrors:
-                while (disks := await self._mirrors.until_following(watch)) is not None:
-                    await report(Progress(disks=disks))
-            await self._qemu.execute("migrate", {"uri": uri(self._sending.memory)})
+            await self._qemu.execute("migrate", {"uri": uri(memory or self._sending.memory)})
             await self._until(watch, frozenset({"pre-switchover"}), report)
+
+    async def start_postcopy(self) -> None:
+        """While memory is sent: the guest moves now, and what is left of its memory follows it. `switch_over` then ends with `postcopy`.
+
+        From then on neither end has a whole guest, until all of it has followed: there is nothing to come back to.
+
+        Raises:
+            QemuRefused: it was not agreed (`Agreed.postcopy`), or nothing is sent yet.
+        """
+        await self._qemu.execute("migrate-start-postcopy")
+
+    async def follow(self, report: Report) -> bool:
+        """In postcopy: waits until all memory has followed (True), or its connection is lost (False): then `resume`.
+
+        Raises:
+            MigrationFailed: QEMU ended.
+        """
+        with watching(self._qemu) as watch:
+            while (status := await watch.next()) not in {"completed", "postcopy-paused"}:
+                await report(watch.progress)
+        self.completed = status == "completed"
+        return self.completed
+
+    async def interrupt(self) -> None:
+        """In postcopy: gives up the connection, which may be dead, so that both ends can be joined anew."""
+        await self._qemu.execute_oob("migrate-pause")
+
+    async def resume(self, memory: Address) -> None:
+        """After `follow` said that the connection is lost: goes on at a destination that listens again (`incoming.recover`)."""
+        await self._qemu.execute("migrate", {"uri": uri(memory), "resume": True})
 
     async def switch_over(self) -> None:
         """Completes the disks and lets the guest go; it has arrived, or can be set going there (`postcopy`), when this returns.

@@ -222,3 +222,13 @@ async def undisturbed(ends: Ends, source: End) -> AsyncIterator[None]:
     await ends.printed(source, 400)
     trace = ends.trace(source)
     assert (trace.whole, trace.boots) == (True, 1), trace
+
+
+async def wait_status(end: End, wanted: str) -> None:
+    """Waits until the migration is in this state."""
+    while True:
+        answer = await end.monitor.execute("query-migrate")
+        assert isinstance(answer, dict)
+        if answer.get("status") == wanted:
+            return
+        await asyncio.sleep(0.02)
