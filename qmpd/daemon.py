@@ -22,6 +22,7 @@ from qmpd.filewatch import watching
 from qmpd.inventory import Inventory
 from qmpd.jobs import open_jobs
 from qmpd.journal import open_journal
+from qmpd.migration.itemdesk import ItemDesk
 from qmpd.migration.ledger import open_ledger
 from qmpd.migration.verbs import Migration
 from qmpd.peering import Peering, nowhere
@@ -98,6 +99,7 @@ async def running(settings: Settings, environ: Mapping[str, str], dial: Dial = n
             peering=peering,
             migration=migration,
             audit=await stack.enter_async_context(open_audit(Path(settings.state_dir), settings.audit_log_mib * MIB)),
+            items=ItemDesk(await stack.enter_async_context(background())),
             registry=registry,
             worlds=worlds,
             planning=planning,

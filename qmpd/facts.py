@@ -94,6 +94,11 @@ class MachinePaths(Facts, frozen=True, kw_only=True):
         """The path of the machine's own disk number `index`."""
         return f"{self.state}/disk{index}.{image_format}"
 
+    @property
+    def variables(self) -> str:
+        """The path of the machine's copy of the firmware variables."""
+        return f"{self.state}/firmware-vars.fd"
+
 
 class Confinement(Facts, frozen=True, kw_only=True):
     """How this daemon can hold a machine to limits.

@@ -128,6 +128,10 @@ CATALOGUE: Final[Mapping[str, Failpoint]] = {
     "migration-log-renumber": Failpoint(before="the piece of a log that QEMU writes to getting its number", error=_IO),
     "migration-log-relink": Failpoint(before="the link to that piece following", error=_FULL),
     "migration-log-place": Failpoint(before="what arrived of a log becoming a part of it", error=_IO),
+    "migration-file-write": Failpoint(before="a piece of a file that arrives being written", error=_FULL),
+    "migration-file-place": Failpoint(before="a file that arrived getting its name", error=_FULL),
+    "migration-file-placed": Failpoint(before="the name it had on its way being removed", error=_IO),
+    "migration-variables-write": Failpoint(before="firmware variables that arrive being written", error=_IO),
     # What can be found out again.
     "cache-write": Failpoint(before="a file of the cache getting its name", error=_FULL),
 }

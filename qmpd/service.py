@@ -26,6 +26,7 @@ from qmpd.journal import Journal
 from qmpd.launching import Launch
 from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine, now
+from qmpd.migration.itemdesk import ItemDesk
 from qmpd.migration.verbs import Migration
 from qmpd.peering import Peering
 from qmpd.planning import Planning
@@ -84,6 +85,7 @@ class Service:
         migration: Migration,
         planning: Planning,
         audit: Audit,
+        items: ItemDesk,
     ) -> None:
         self.bus = bus
         #: Set when the API is offered.
@@ -93,6 +95,7 @@ class Service:
         self.migration = migration
         self.audit = audit
         self.authority = Authority(settings.pki_dir, peering)
+        self.items = items
         self.upkeep = upkeep
         self._settings = settings
         self._registry = registry

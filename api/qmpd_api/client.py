@@ -65,6 +65,7 @@ from qmpd_api.connection import (
     url,
 )
 from qmpd_api.endpoint import default_socket
+from qmpd_api.item_client import ItemVerbs
 from qmpd_api.migration_client import MigrationVerbs
 from qmpd_api.streams_client import (
     ConsoleStream,
@@ -88,7 +89,7 @@ JOB_LOOK_S: Final = 0.25
 DEFAULT_WAIT_S: Final = 60.0
 
 
-class Client(TrustVerbs, MigrationVerbs):
+class Client(TrustVerbs, MigrationVerbs, ItemVerbs):
     """A connection to one daemon, used in `async with`. Safe to use from any number of tasks at once."""
 
     def __init__(self, target: str | Remote | None = None, *, wire: Wire = "msgpack", failures: Failures = DAEMON) -> None:

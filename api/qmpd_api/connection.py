@@ -33,6 +33,7 @@ Query = Mapping[str, Scalar | tuple[str, ...]]
 T = TypeVar("T")
 
 MEDIA: Final[dict[Wire, str]] = {"msgpack": "application/msgpack", "json": "application/json"}
+BYTES: Final = "application/octet-stream"
 #: The two ways to have a daemon.
 START_HINT: Final = "start the daemon with `systemctl start qmpd`, or one of your own with `qmpd serve`"
 
@@ -162,7 +163,7 @@ class Connection:
         answer: type[T],
         *,
         query: Query | None = None,
-        body: msgspec.Struct | None = None,
+        body: msgspec.Struct | bytes | None = None,
         headers: Mapping[str, str] | None = None,
         deadline_s: float = QUERY_DEADLINE_S,
     ) -> T:
@@ -180,14 +181,17 @@ class Connection:
         path: str,
         *,
         query: Query | None = None,
-        body: msgspec.Struct | None = None,
+        body: msgspec.Struct | bytes | None = None,
         headers: Mapping[str, str] | None = None,
         deadline_s: float = QUERY_DEADLINE_S,
     ) -> Reply:
         """Send `body`, return the bytes of the answer."""
         sent = {"Accept": self._media, **(headers or {})}
         data = None
-        if body is not None:
+        if isinstance(body, bytes):
+            sent["Content-Type"] = BYTES
+            data = body
+        elif body is not None:
             sent["Content-Type"] = self._media
             data = self._encode(body)
         async with self.response(method, url(path, query), data=data, headers=sent, deadline_s=deadline_s) as response:

@@ -57,11 +57,15 @@ async def _call(request: web.Request, route: Route[Any, Any], raw: bytes, caller
         query=decode_query(request.query, route.query, request.app[LIMITS]),
         name=request.match_info.get("name", ""),
         id=request.match_info.get("id", ""),
+        item=request.match_info.get("item", ""),
         revision=revision_of(request) if route.revision in {"optional", "needed"} else None,
     )
 
 
 async def _body(request: web.Request, route: Route[Any, Any], raw: bytes) -> object:
+    if route.takes is not None:
+        media.check_bytes(request.headers.get("Content-Type"), route.takes)
+        return raw
     if route.body is None:
         if raw:
             raise Undecodable("this request takes no body")

@@ -35,7 +35,7 @@ _GZIP: Final = 31
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call(Generic[B, Q]):
-    """What a caller asked for, as types. `name` and `id` come from the path and are empty where it has none."""
+    """What a caller asked for, as types. `name`, `id` and `item` come from the path and are empty where it has none."""
 
     service: Service
     caller: Caller
@@ -43,6 +43,7 @@ class Call(Generic[B, Q]):
     query: Q
     name: str = ""
     id: str = ""
+    item: str = ""
     revision: int | None = None
 
     def needed_revision(self) -> int:

@@ -10,6 +10,7 @@ from typing import Final
 from aiohttp import web
 
 from qmpd.errors import Forbidden, Misdirected, NotFound, QmpdError, TooLarge, Undecodable
+from qmpd.migration.parcels import ITEM_PATTERN
 from qmpd.spec import NAME_PATTERN, WORD_PATTERN
 from qmpd_api import media
 from qmpd_api.auditing import IDENTITY, SWITCHING, failed, identity_of, keep_account, opened
@@ -24,7 +25,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 #: A host name or address and an optional port, as RFC 3986 has them.
 _HOST: Final = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
-_SEGMENTS: Final = {"name": re.compile(NAME_PATTERN), "id": re.compile(WORD_PATTERN)}
+_SEGMENTS: Final = {"name": re.compile(NAME_PATTERN), "id": re.compile(WORD_PATTERN), "item": re.compile(ITEM_PATTERN)}
 _STARTED: Final = web.RequestKey("response_started", bool)
 
 _log = logging.getLogger(__name__)

@@ -48,6 +48,13 @@ def of_body(content_type: str | None) -> Media:
     return Media(kind)
 
 
+def check_bytes(content_type: str | None, taken: str) -> None:
+    """Raises UnsupportedMedia for a body that is not said to be bytes of the type that is taken."""
+    kind = parameters(content_type or "")[0]
+    if kind != taken:
+        raise UnsupportedMedia(f"the media type {echo(kind)!r} is not {taken}", accepted=[taken])
+
+
 def of_answer(accept: Iterable[str]) -> Media:
     """The representation the caller likes best. JSON where it states no preference, or none we can meet."""
     return _liked(tuple(accept))

@@ -12,6 +12,7 @@ import msgspec
 import qmpd
 from qmpd import errors
 from qmpd.errors import QmpdError
+from qmpd.migration.parcels import ITEM_PATTERN
 from qmpd.spec import NAME_PATTERN, WORD_PATTERN
 from qmpd.views import ErrorBody
 from qmpd_api.idempotency import HEADER as IDEMPOTENCY_KEY
@@ -23,7 +24,7 @@ from qmpd_api.statuses import status_of
 _ALWAYS: Final[tuple[type[QmpdError], ...]] = (errors.Undecodable, errors.Forbidden, errors.Misdirected, errors.Invalid)
 _WITH_BODY: Final[tuple[type[QmpdError], ...]] = (errors.TooLarge, errors.UnsupportedMedia)
 _REFERENCE: Final = "#/components/schemas/{name}"
-_SEGMENTS: Final = {"name": NAME_PATTERN, "id": WORD_PATTERN}
+_SEGMENTS: Final = {"name": NAME_PATTERN, "id": WORD_PATTERN, "item": ITEM_PATTERN}
 _TEXT: Final = {"type": "string"}
 _ERROR: Final = {"$ref": "#/components/responses/Error"}
 
@@ -81,6 +82,8 @@ def _operation(route: Route[Any, Any], schema_of: dict[str, dict[str, Any]]) -> 
     }
     if route.body is not None:
         operation["requestBody"] = {"required": route.body_needed, "content": _content(schema_of[repr(route.body)])}
+    elif route.takes is not None:
+        operation["requestBody"] = {"required": True, "content": {route.takes: {}}}
     return operation
 
 
@@ -120,7 +123,12 @@ def _success(route: Route[Any, Any], schema_of: dict[str, dict[str, Any]]) -> di
 
 
 def _failures(route: Route[Any, Any]) -> dict[str, object]:
-    kinds = {*route.errors, *_ALWAYS, *(_WITH_BODY if route.body is not None else ()), *((errors.Busy,) if route.pool != "none" else ())}
+    kinds = {
+        *route.errors,
+        *_ALWAYS,
+        *(_WITH_BODY if route.body is not None or route.takes is not None else ()),
+        *((errors.Busy,) if route.pool != "none" else ()),
+    }
     by_status: dict[int, list[str]] = {}
     for kind in sorted(kinds, key=lambda kind: kind.code):
         by_status.setdefault(status_of(kind), []).append(kind.code)

@@ -89,6 +89,12 @@ class EventsQuery(Query, frozen=True, kw_only=True):
     machine: Name | None = None
 
 
+class ItemQuery(Query, frozen=True, kw_only=True):
+    """`offset`: where in the item the piece begins; of a log, the number of its first byte."""
+
+    offset: Number
+
+
 class JobsQuery(Query, frozen=True, kw_only=True):
     """`machine`: only the jobs of this machine."""
 

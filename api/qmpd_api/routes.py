@@ -18,8 +18,9 @@ from qmpd.auditviews import AuditPage
 from qmpd.board import NamedBoard
 from qmpd.errors import QmpdError
 from qmpd.migration import protocol as mp
+from qmpd.migration.parcels import ItemStanding
 from qmpd.spec import MachineChanges, MachineSpec
-from qmpd_api import downloads, handlers, migration_handlers, streams, trust_handlers
+from qmpd_api import downloads, handlers, item_handlers, migration_handlers, streams, trust_handlers
 from qmpd_api.exchange import Call
 from qmpd_api.handlers import Nothing
 from qmpd_api.limits import KIB
@@ -29,6 +30,7 @@ from qmpd_api.queries import (
     ConsoleQuery,
     CreateQuery,
     EventsQuery,
+    ItemQuery,
     JobsQuery,
     LogQuery,
     MachinesQuery,
@@ -54,7 +56,7 @@ GZIP: Final = "application/gzip"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Route(Generic[B, Q]):
-    """One route. `handler` answers with a document, or with bytes of the type `produces`.
+    """One route. `handler` answers with a document, or with bytes of the type `produces`. With `takes` the body is bytes of that type.
 
     `stream` comes before it and may write a response of its own; it returns None to leave the request to `handler`. `right` is what
     the caller's role must have; `scoped` routes are also for those whose token is good for some machines only, as are all routes of
@@ -71,6 +73,7 @@ class Route(Generic[B, Q]):
     stream: Callable[[web.Request, Call[B, Q]], Awaitable[web.StreamResponse | None]] | None = None
     body: type[B] | None = None
     body_needed: bool = True
+    takes: str | None = None
     query: type[Q]
     answer: object = None
     produces: str | None = None
@@ -92,6 +95,7 @@ _MACHINE: Final = (e.NotFound,)
 _ALIVE: Final = (e.NotFound, e.WrongState, e.Held, e.QemuRefused, e.QemuDied, e.MonitorUnavailable, e.QemuSilent)
 _START: Final = (e.Invalid, e.LaunchFailed, e.HostError, e.NoSpace, e.QemuSilent)
 _AT: Final = "/v1/machines/{name}"
+_ITEM: Final = "/v1/peer/migrations/{id}/items/{item}"
 
 ROUTES: Final[tuple[Route[Any, Any], ...]] = (
     Route(method="GET", path="/v1/version", summary="The daemon and what it speaks", right="read", scoped=True, query=Query,
@@ -237,6 +241,11 @@ ROUTES: Final[tuple[Route[Any, Any], ...]] = (
           handler=trust_handlers.revoked, answer=pv.RevocationView, errors=(e.NotFound, e.HostError)),
     Route(method="GET", path="/v1/audit", summary="Who changed what, and who was refused, newest first", right="admin", query=AuditQuery,
           handler=trust_handlers.audit, answer=AuditPage, pool="waits"),
+    Route(method="GET", path=_ITEM, summary="How much of an item of a machine that comes is here", right="peer", query=Query,
+          handler=item_handlers.item, answer=ItemStanding, errors=(e.NotFound, e.WrongState, e.HostError), pool="waits"),
+    Route(method="PUT", path=_ITEM, summary="Hand in a piece of a file or log of a machine that comes", right="peer",
+          query=ItemQuery, handler=item_handlers.put_item, takes=BYTES, answer=ItemStanding,
+          errors=(e.NotFound, e.WrongState, e.HostError, e.NoSpace), pool="waits"),
     Route(method="GET", path="/metrics", summary="The numbers of this daemon for Prometheus", right="read", query=Query,
           handler=handlers.metrics, produces=PROMETHEUS),
     Route(method="GET", path="/v1/openapi.json", summary="This description", right="read", scoped=True, query=Query,

@@ -22,8 +22,9 @@ import msgspec
 from qmpd import segments
 from qmpd.capture import trim_now
 from qmpd.console import Console
-from qmpd.errors import HostError, NoSpace, QmpdError
+from qmpd.errors import QmpdError
 from qmpd.failpoint import failpoint
+from qmpd.migration.arrivingfiles import private, sync, trouble, write_all
 from qmpd.plan import SerialPipe
 
 #: What is sent at once: well below what a request may have.
@@ -122,11 +123,11 @@ class ArrivingLog:
         base, path = runs[-1] if runs and offset == received else (offset, segments.named(self._stem, offset, self._suffix))
         try:
             failpoint("migration-log-write")
-            with open(path, "r+b" if path.exists() else "x+b", buffering=0, opener=_private) as file:
-                _write_all(file.fileno(), data, offset - base)
+            with open(path, "r+b" if path.exists() else "x+b", buffering=0, opener=private) as file:
+                write_all(file.fileno(), data, offset - base)
             self._keep_below_cap()
         except OSError as error:
-            raise _trouble(error, path) from error
+            raise trouble(error, path) from error
         return offset + len(data)
 
     def settle(self, pipe: str, end: int) -> None:
@@ -144,7 +145,7 @@ class ArrivingLog:
                 # Only now: what arrives may get the very name that the link had.
                 _relink(link, own)
         except (OSError, ValueError) as error:
-            raise _trouble(error, link) from error
+            raise trouble(error, link) from error
         self.place(end)
 
     def place(self, end: int) -> None:
@@ -164,15 +165,15 @@ class ArrivingLog:
                     os.truncate(path, end - base)
                 path.rename(segments.named(self._stem, base))
             except OSError as error:
-                raise _trouble(error, path) from error
+                raise trouble(error, path) from error
 
     def secure(self) -> None:
         """Returns when what is here outlives a crash of the host, so that the source may forget it. Raises HostError, NoSpace."""
         for path in [*(path for _, path in self._runs()), Path(self._stem).parent]:
             try:
-                _sync(path)
+                sync(path)
             except OSError as error:
-                raise _trouble(error, path) from error
+                raise trouble(error, path) from error
 
     @property
     def _suffix(self) -> str:
@@ -242,28 +243,3 @@ def _relink(link: Path, own: Path) -> None:
     fresh.symlink_to(own)
     failpoint("migration-log-relink")
     fresh.rename(link)
-
-
-def _write_all(descriptor: int, data: bytes, position: int) -> None:
-    left = memoryview(data)
-    while left:
-        written = os.pwrite(descriptor, left, position)
-        left, position = left[written:], position + written
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _trouble(error: OSError | ValueError, path: Path) -> QmpdError:
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return NoSpace(f"{path}: {error.strerror}")
-    return HostError(f"{path}: {error}", path=str(path))

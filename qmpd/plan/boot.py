@@ -16,22 +16,17 @@ def firmware(machine: Resolved) -> list[Option]:
     if isinstance(chosen, PflashFirmware):
         return [
             _flash("pflash0", chosen.code, chosen.format, read_only=True),
-            _flash("pflash1", variables_path(machine), chosen.format, read_only=False),
+            _flash("pflash1", machine.world.paths.variables, chosen.format, read_only=False),
         ]
     if isinstance(chosen, NoFirmware) or machine.board.firmware.default == "none":
         return [Option("bios", "none")]
     return []
 
 
-def variables_path(machine: Resolved) -> str:
-    """Where the machine's copy of the firmware variables is."""
-    return f"{machine.world.paths.state}/firmware-vars.fd"
-
-
 def variables(machine: Resolved) -> tuple[Copy, ...]:
     """The copy of the firmware variables that must exist before the first start."""
     chosen = machine.spec.firmware
-    return (Copy(source=chosen.vars, target=variables_path(machine)),) if isinstance(chosen, PflashFirmware) else ()
+    return (Copy(source=chosen.vars, target=machine.world.paths.variables),) if isinstance(chosen, PflashFirmware) else ()
 
 
 def _flash(node: str, path: str, image_format: str, *, read_only: bool) -> Option:

@@ -38,7 +38,7 @@ def pages() -> dict[Path, str]:
 def routes() -> str:
     """The routes with what they need and answer."""
     rows = [
-        f"| `{route.method} {route.path}` | {route.summary} | {_type(route.body)} | {route.produces or _type(route.answer)} "
+        f"| `{route.method} {route.path}` | {route.summary} | {route.takes or _type(route.body)} | {route.produces or _type(route.answer)} "
         f"| {route.status} | {', '.join(sorted({f'`{error.code}`' for error in route.errors}))} |"
         for route in ROUTES
     ]

@@ -280,7 +280,7 @@ async def test_every_route_refuses_every_role_that_has_not_its_right(host: Host,
     context = await asyncio.to_thread(_context, Path(remote.pki_dir))
     async with aiohttp.ClientSession(f"https://{host.address}") as session:
         for route in ROUTES:
-            path = route.path.format(name="nothing", id="nothing")
+            path = route.path.format(name="nothing", id="nothing", item="vars")
             if route.right in RIGHTS[role] or route.right == "join":
                 continue
             async with session.request(route.method, path, ssl=context) as answer:
