@@ -17,13 +17,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Final
 
 from qmpd.errors import Conflict, EventsGone
-from qmpd.journal import Journal
+from qmpd.journal import Journal, PastEvent
 from qmpd.views import Event
 
 #: Events a subscriber may lag behind: seconds of a busy host, and a few hundred KiB at most times.
@@ -163,7 +163,7 @@ class Bus:
         #: How many events could not be recorded since the bus was made.
         self.lost = 0
         self._subscriptions: set[Subscription] = set()
-        self._under_way: set[asyncio.Future[Event]] = set()
+        self._under_way: set[asyncio.Future[Event] | asyncio.Future[tuple[Event, ...]]] = set()
         self._closed = False
 
     @property
@@ -195,6 +195,17 @@ class Bus:
         answer = asyncio.shield(recorded)
         answer.add_done_callback(_retrieve)
         return answer
+
+    async def relate(self, machine: str, events: Sequence[PastEvent]) -> tuple[Event, ...]:
+        """Record what happened to a machine on other hosts, in this order, and give it to the subscribers. Returns those that are new here.
+
+        Raises:
+            NoSpace, Busy, Unknown: they were not recorded, or that is not known; the same may be told again.
+        """
+        recorded = self._journal.enqueue_past(machine, events)
+        self._under_way.add(recorded)
+        recorded.add_done_callback(self._related)
+        return await asyncio.shield(recorded)
 
     @asynccontextmanager
     async def subscribe(self, since: int | None = None, machine: str | None = None) -> AsyncIterator[Subscription]:
@@ -238,6 +249,14 @@ class Bus:
             _log.error("events cannot be recorded and are lost: %s", error)
         self._lost += count
         self.lost += count
+
+    def _related(self, recorded: asyncio.Future[tuple[Event, ...]]) -> None:
+        self._under_way.discard(recorded)
+        if recorded.exception() is None and recorded.result():
+            self._last = recorded.result()[-1].number
+            for subscription in self._subscriptions:
+                # So many at once would look like a reader that is too slow.
+                subscription.fall_behind(self._last)
 
     def _give(self, event: Event) -> None:
         if event.number != self._last + 1:

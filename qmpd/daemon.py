@@ -22,6 +22,7 @@ from qmpd.filewatch import watching
 from qmpd.inventory import Inventory
 from qmpd.jobs import open_jobs
 from qmpd.journal import open_journal
+from qmpd.migration.history import HistoryDesk
 from qmpd.migration.itemdesk import ItemDesk
 from qmpd.migration.ledger import open_ledger
 from qmpd.migration.verbs import Migration
@@ -100,6 +101,7 @@ async def running(settings: Settings, environ: Mapping[str, str], dial: Dial = n
             migration=migration,
             audit=await stack.enter_async_context(open_audit(Path(settings.state_dir), settings.audit_log_mib * MIB)),
             items=ItemDesk(await stack.enter_async_context(background())),
+            history=HistoryDesk(bus),
             registry=registry,
             worlds=worlds,
             planning=planning,

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import secrets
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -46,11 +46,24 @@ KEPT_ANSWERS: Final = 10_000
 #: How long a client may come back with the same idempotency key.
 ANSWER_LIFE: Final = timedelta(hours=24)
 
+#: Kind of the events that other hosts recorded.
+PAST: Final = "machine.past"
+
 Ending = Literal["succeeded", "failed", "cancelled"]
 
 _INTERRUPTED: Final = {"code": "interrupted", "message": "qmpd ended while the job was under way", "details": {}}
 
 _log = logging.getLogger(__name__)
+
+
+class PastEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """An event of another host, which that host (`host`, as somebody called it) gave this number."""
+
+    host: str
+    number: int
+    at: str
+    kind: str
+    data: dict[str, object] = {}
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +108,17 @@ class Journal:
         """Like `append` without waiting; events get their numbers in the order of the calls, and are durable a moment later."""
         event = Event(number=0, at=timestamp(self._now()), kind=kind, machine=machine, data=_storable(data))
         return self._database.enqueue(partial(_append, event=event, kept=self._kept_events), linger_s=EVENT_LINGER_S)
+
+    def enqueue_past(self, machine: str, events: Sequence[PastEvent]) -> asyncio.Future[tuple[Event, ...]]:
+        """Record what happened to a machine on other hosts before it came to this one, all at once; the future has those that are new here.
+
+        Each is an event of kind `machine.past` with its own time. Only the bus does so.
+        """
+        return self._database.enqueue(partial(_append_past, machine=machine, events=tuple(events), kept=self._kept_events))
+
+    async def recent(self, machine: str, limit: int) -> tuple[Event, ...]:
+        """The newest events of a machine, oldest first."""
+        return await self._database.read(partial(_recent, machine=machine, limit=limit))
 
     async def page(self, since: int, limit: int = MAX_PAGE, machine: str | None = None) -> EventPage:
         """The oldest events with numbers above `since`, at most `limit`, only those of `machine` if one is given.
@@ -225,6 +249,36 @@ def _append(connection: sqlite3.Connection, event: Event, kept: int) -> Event:
     if number % max(1, kept // 100) == 0:
         connection.execute("DELETE FROM event WHERE number <= ?", (number - kept,))
     return msgspec.structs.replace(event, number=number)
+
+
+def _append_past(connection: sqlite3.Connection, machine: str, events: tuple[PastEvent, ...], kept: int) -> tuple[Event, ...]:
+    known = set()
+    for at, data in connection.execute("SELECT at, data FROM event WHERE machine = ? AND kind = ?", (machine, PAST)):
+        there = msgspec.msgpack.decode(data)
+        known.add((there.get("host"), there.get("number"), at))
+    added = []
+    for event in events:
+        if (event.host, event.number, event.at) in known or _is_ours(connection, machine, event):
+            continue
+        data = {"host": event.host, "number": event.number, "kind": event.kind, "data": _storable(event.data)}
+        added.append(_append(connection, Event(number=0, at=event.at, kind=PAST, machine=machine, data=data), kept))
+        known.add((event.host, event.number, event.at))
+    return tuple(added)
+
+
+def _is_ours(connection: sqlite3.Connection, machine: str, event: PastEvent) -> bool:
+    """Whether it is one of this host's own, which comes back with the machine: only its number is needed to know it."""
+    found = connection.execute("SELECT at, kind, machine FROM event WHERE number = ?", (event.number,)).fetchone()
+    return bool(found == (event.at, event.kind, machine))
+
+
+def _recent(connection: sqlite3.Connection, machine: str, limit: int) -> tuple[Event, ...]:
+    rows = connection.execute(
+        "SELECT number, at, kind, data FROM event WHERE machine = ? ORDER BY number DESC LIMIT ?", (machine, limit)
+    ).fetchall()
+    return tuple(
+        Event(number=number, at=at, kind=kind, machine=machine, data=msgspec.msgpack.decode(data)) for number, at, kind, data in rows[::-1]
+    )
 
 
 def _page(connection: sqlite3.Connection, since: int, limit: int, machine: str | None) -> EventPage:

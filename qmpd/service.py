@@ -26,6 +26,7 @@ from qmpd.journal import Journal
 from qmpd.launching import Launch
 from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine, now
+from qmpd.migration.history import HistoryDesk
 from qmpd.migration.itemdesk import ItemDesk
 from qmpd.migration.verbs import Migration
 from qmpd.peering import Peering
@@ -82,6 +83,7 @@ class Service:
         upkeep: Upkeep,
         tokens: Tokens,
         peering: Peering,
+        history: HistoryDesk,
         migration: Migration,
         planning: Planning,
         audit: Audit,
@@ -92,6 +94,7 @@ class Service:
         self.serving = asyncio.Event()
         self.tokens = tokens
         self.peering = peering
+        self.history = history
         self.migration = migration
         self.audit = audit
         self.authority = Authority(settings.pki_dir, peering)

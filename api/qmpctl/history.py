@@ -67,8 +67,13 @@ def _print_event(event: Event) -> None:
         return
     import msgspec
 
-    data = msgspec.json.encode(event.data).decode() if event.data else ""
-    click.echo(printable(f"{event.number:>6}  {event.at}  {event.machine or '-'}  {event.kind}  {data}".rstrip()))
+    kind, where = event.kind, ""
+    data: object = event.data
+    if kind == "machine.past":
+        kind, data = str(event.data.get("kind")), event.data.get("data")
+        where = f"  (number {event.data.get('number')} of {event.data.get('host')})"
+    text = msgspec.json.encode(data).decode() if data else ""
+    click.echo(printable(f"{event.number:>6}  {event.at}  {event.machine or '-'}  {kind}  {text}".rstrip() + where))
 
 
 def _print_gap(since: int, first: int) -> None:

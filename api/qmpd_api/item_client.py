@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Final
 
-from qmpd.migration.parcels import ItemStanding
+from qmpd.migration.parcels import History, HistoryTaken, ItemStanding
 from qmpd_api.connection import Connection, segment
 
 #: A piece is a megabyte at most; who needs longer for it is asked how far it is.
@@ -29,6 +29,10 @@ class ItemVerbs(ABC):
         return await self.connection.call(
             "PUT", _at(migration, item), ItemStanding, query={"offset": offset}, body=data, deadline_s=PIECE_DEADLINE_S
         )
+
+    async def tell_history(self, migration: str, history: History) -> HistoryTaken:
+        """Tell the destination what happened to a machine before."""
+        return await self.connection.call("POST", f"/v1/peer/migrations/{segment(migration)}/history", HistoryTaken, body=history)
 
 
 def _at(migration: str, item: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qmpd.migration.parcels import ItemStanding
+from qmpd.migration.parcels import History, HistoryTaken, ItemStanding
 from qmpd_api.exchange import Call
 from qmpd_api.queries import ItemQuery, Query
 
@@ -15,3 +15,8 @@ async def item(call: Call[None, Query]) -> ItemStanding:
 async def put_item(call: Call[bytes, ItemQuery]) -> ItemStanding:
     """Take a piece of one."""
     return await call.service.items.put(call.caller, call.id, call.item, call.query.offset, call.body)
+
+
+async def tell_history(call: Call[History, Query]) -> HistoryTaken:
+    """Take what happened to a machine before it came."""
+    return await call.service.history.take(call.caller, call.id, call.body)

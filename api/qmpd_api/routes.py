@@ -18,7 +18,7 @@ from qmpd.auditviews import AuditPage
 from qmpd.board import NamedBoard
 from qmpd.errors import QmpdError
 from qmpd.migration import protocol as mp
-from qmpd.migration.parcels import ItemStanding
+from qmpd.migration.parcels import History, HistoryTaken, ItemStanding
 from qmpd.spec import MachineChanges, MachineSpec
 from qmpd_api import downloads, handlers, item_handlers, migration_handlers, streams, trust_handlers
 from qmpd_api.exchange import Call
@@ -234,6 +234,9 @@ ROUTES: Final[tuple[Route[Any, Any], ...]] = (
     Route(method="POST", path="/v1/peer/migrations/{id}/discard", summary="Discard a machine that the peer keeps", right="peer",
           query=Query, handler=migration_handlers.discard, body=mp.DiscardRequest, answer=mp.Standing,
           errors=(e.NotFound, e.NoSpace), pool="changes"),
+    Route(method="POST", path="/v1/peer/migrations/{id}/history", summary="Tell what happened to a machine before it came here",
+          right="peer", query=Query, handler=item_handlers.tell_history, body=History, answer=HistoryTaken,
+          errors=(e.NotFound, e.WrongState, e.NoSpace), pool="changes"),
     Route(method="POST", path="/v1/pki/join", summary="Get a certificate, once, with the token of an invitation", right="join", query=Query,
           handler=trust_handlers.join, body=pv.JoinRequest, answer=pv.JoinAnswer, errors=(e.NotFound, e.Invalid, e.HostError),
           pool="joins", body_bytes=JOIN_BYTES, kept=False),
