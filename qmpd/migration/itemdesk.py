@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 
 from qmpd.access import Caller
-from qmpd.errors import AlreadyExists, Forbidden, HostError, NoSpace, NotFound
+from qmpd.errors import AlreadyExists, Forbidden, HostError, NoSpace, NotFound, WrongState
 from qmpd.facts import MachinePaths
 from qmpd.migration.arrivingfiles import Arriving, ArrivingFile, ArrivingVariables
 from qmpd.migration.consolelogs import ArrivingLog
@@ -36,7 +36,8 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """What one migration brings here, and where it belongs.
 
     `spec` is the definition with this host's paths, `serial_ports` those whose logs are kept. `live`: it comes while it runs, and its QEMU
-    has its files open already. `log_ends` says where its logs ended at the source, once that is known.
+    has its files open already. `log_ends` says where its logs ended at the source, once that is known. `arrived`: it is this host's own,
+    and nothing but what is missing of its logs may still come.
     """
 
     migration: str
@@ -47,6 +48,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     serial_ports: tuple[int, ...] = ()
     live: bool = False
     log_ends: Mapping[int, int] = {}
+    arrived: bool = False
 
     def targets(self) -> dict[str, Target]:
         """Where the items that were announced belong."""
@@ -98,7 +100,10 @@ class ItemDesk:
             Invalid: it goes beyond the size that was announced.
             NoSpace, HostError: it could not be written.
         """
-        slot = self._slot(self._admission(caller, migration), item)
+        delivery = self._admission(caller, migration)
+        slot = self._slot(delivery, item)
+        if delivery.arrived and not isinstance(slot.arriving, ArrivingLog):
+            raise WrongState("the machine is here already, and its files are its own", state="arrived", allowed=["awaiting"])
         # A thread goes on when its caller has left: nobody else may write before it has ended.
         received = await undivided(_written(slot, offset, data), f"item:{migration}:{item}")
         return ItemStanding(item=item, received=received, size=slot.size)

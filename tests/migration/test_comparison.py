@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from qmpd.migration import comparison, discrepancy
+from qmpd.migration import comparison, discrepancy, retargeting
 from qmpd.migration.comparison import ACCEPTABLE, accepted, compared, possible
 from qmpd.migration.discrepancy import SHOWN, shown, versioned
 from qmpd.migration.likeness import (
@@ -335,7 +335,7 @@ def test_long_lists_are_cut_and_say_so(items: list[str]) -> None:
 
 
 def test_every_finding_is_explained() -> None:
-    sources = "".join(Path(module.__file__ or "").read_text(encoding="utf-8") for module in (comparison, discrepancy))
+    sources = "".join(Path(module.__file__ or "").read_text(encoding="utf-8") for module in (comparison, discrepancy, retargeting))
     known = set(re.findall(r'"(?:error|warning|info)",\s*"([a-z-]+)"', sources)) | {f"board-{works}" for works in comparison._WORKS}
     known |= {"machine-type-differs", "machine-type-unknown", "built-in-differs", "known-trouble"}
     text = (Path(__file__).parents[2] / "docs" / "migration-checks.md").read_text(encoding="utf-8")

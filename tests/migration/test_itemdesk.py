@@ -197,7 +197,12 @@ async def test_a_log_that_is_settled_takes_what_is_missing_of_it(rooms: Rooms) -
     stem = str(rooms.own / "serial0.log")
     assert segments.pieces(stem) == []
     rooms.announce(Parcel(item="log-0", size=0), live=True, log_ends={0: 8})
-    assert (await rooms.desk.put(as_peer(), MIGRATION, "log-0", 5, b"rest and more")).received == 8
+    assert (await rooms.desk.put(as_peer(), MIGRATION, "log-0", 5, b"r")).received == 6
+    rooms.announce(Parcel(item="log-0", size=0), Parcel(item="disk-0", size=5), live=True, log_ends={0: 8}, arrived=True)
+    with pytest.raises(WrongState, match="its files are its own"):
+        await rooms.desk.put(as_peer(), MIGRATION, "disk-0", 0, b"12345")
+    assert (await rooms.desk.put(as_peer(), MIGRATION, "log-0", 6, b"est and more")).received == 8
+    rooms.announce(Parcel(item="log-0", size=0), live=True, log_ends={0: 8}, arrived=True)
     await rooms.desk.place(rooms.delivery)
     assert segments.read(stem, 5, 100) == (5, b"res")
 
