@@ -125,7 +125,7 @@ class Bundles:
         return await _document(await self._doctor.examine())
 
     async def _check(self) -> bytes:
-        return await _document(await self._inventory.check(self._settings.state_dir))
+        return await _document(await self._inventory.check(self._settings))
 
     async def _emulators(self) -> bytes:
         return await _document(await self._inventory.emulators())

@@ -7,6 +7,7 @@ import contextlib
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Final, TextIO
 
 import msgspec
@@ -14,6 +15,7 @@ import msgspec
 from qmpd import checkreport
 from qmpd.accelerator import Accelerators
 from qmpd.hostcheck import check
+from qmpd.inventory import certificate_lines
 from qmpd.probe import Emulators
 from qmpd.settings import Settings
 from qmpd.views import CheckReport
@@ -50,7 +52,13 @@ def _patience(progress: TextIO) -> Iterator[None]:
 async def _report(settings: Settings) -> CheckReport:
     emulators = Emulators(settings.cache_dir, settings.emulators)
     accelerators = Accelerators(settings.run_dir)
-    return await check(emulators, accelerators, state_dir=settings.state_dir, machines_cgroup=settings.machines_cgroup)
+    return await check(
+        emulators,
+        accelerators,
+        state_dir=settings.state_dir,
+        machines_cgroup=settings.machines_cgroup,
+        further=partial(certificate_lines, settings),
+    )
 
 
 def _text(report: CheckReport, output: TextIO) -> str:

@@ -118,6 +118,7 @@ async def running(settings: Settings, environ: Mapping[str, str], dial: Dial = n
                 jobs=jobs,
                 sampler=sampler,
                 tally=tally,
+                peering=peering,
             ),
         )
         stack.push_async_callback(_let_go, registry)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 
 from qmpd.accelerator import Accelerators
 from qmpd.board import NamedBoard
@@ -11,7 +14,18 @@ from qmpd.errors import QmpdError
 from qmpd.facts import AcceleratorFacts, EmulatorFacts
 from qmpd.hostcheck import check
 from qmpd.probe import Emulators, ProbeProblem
-from qmpd.views import BoardView, CheckReport, EmulatorView
+from qmpd.settings import Settings
+from qmpd.views import BoardView, CheckLine, CheckReport, EmulatorView
+
+
+def certificate_lines(settings: Settings) -> list[CheckLine]:
+    """What a report on the whole host says of certificates; nothing where there are none, and none are needed. Blocks."""
+    if not settings.listen and not settings.peers and not Path(settings.pki_dir).exists():
+        return []
+    from qmpd.pki import own_hosts  # here: a library of cryptography comes with the check
+    from qmpd.pki.checking import in_short
+
+    return in_short(settings, own_hosts(), datetime.now(UTC))
 
 
 class Inventory:
@@ -38,9 +52,15 @@ class Inventory:
         """Every emulator found, with the verdict on KVM."""
         return [await self._emulator(found) for found in await self._emulators.all()]
 
-    async def check(self, state_dir: str) -> CheckReport:
-        """The state of the whole host."""
-        return await check(self._emulators, self._accelerators, state_dir=state_dir, machines_cgroup=self._machines_cgroup)
+    async def check(self, settings: Settings) -> CheckReport:
+        """The state of the whole host, and of the certificates of a daemon with these settings."""
+        return await check(
+            self._emulators,
+            self._accelerators,
+            state_dir=settings.state_dir,
+            machines_cgroup=self._machines_cgroup,
+            further=partial(certificate_lines, settings),
+        )
 
     async def _board(self, named: NamedBoard) -> BoardView:
         board = named.board

@@ -32,6 +32,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     steps.add_parser("list", help="the certificates that were issued here")
     checking = steps.add_parser("check", help="whether the files of this host will do, and how to mend what will not")
     checking.add_argument("--host", action="append", default=[], help="a name or address under which peers reach this host")
+    checking.add_argument("--offline", action="store_true", help="do not ask the peers in the settings")
     for command in (checking, steps.choices["list"]):
         command.add_argument("--json", action="store_true", help="one JSON document instead of a table")
     return parser

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import socket
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -15,9 +14,10 @@ import msgspec
 
 from qmpd import checkreport
 from qmpd.errors import QmpdError
-from qmpd.pki import ISSUED
+from qmpd.pki import ISSUED, own_hosts
+from qmpd.pki.asking import ask
 from qmpd.pki.certificates import Unreadable, describe
-from qmpd.pki.checking import check
+from qmpd.pki.checking import check, daemon_of
 from qmpd.pki.directory import AUTHORITY, REVOKED, Issued, Pki
 from qmpd.pki.invitations import invite
 from qmpd.pki.joining import join
@@ -38,15 +38,12 @@ def run(arguments: argparse.Namespace, settings: Settings, *, output: TextIO | N
     output = sys.stdout if output is None else output
     pki = Pki(settings.pki_dir)
     try:
+        if arguments.step == "check":
+            return _check(arguments, pki, output, settings)
         return _STEPS[arguments.step](arguments, pki, output)
     except (QmpdError, Unreadable) as error:
         sys.stderr.write(f"qmpd: {error}\n")
         return 1
-
-
-def own_hosts() -> tuple[str, ...]:
-    """What this host calls itself."""
-    return tuple(dict.fromkeys((socket.gethostname(), socket.getfqdn())))
 
 
 def _init(arguments: argparse.Namespace, pki: Pki, output: TextIO) -> int:
@@ -104,8 +101,11 @@ def _row(line: Issued) -> tuple[str, ...]:
     return line.name, line.role, state, f"{line.not_after:%Y-%m-%d}", line.serial
 
 
-def _check(arguments: argparse.Namespace, pki: Pki, output: TextIO) -> int:
-    lines = tuple(check(pki.directory, arguments.host or own_hosts(), datetime.now(UTC)))
+def _check(arguments: argparse.Namespace, pki: Pki, output: TextIO, settings: Settings) -> int:
+    now = datetime.now(UTC)
+    lines = tuple(check(pki.directory, daemon_of(settings, arguments.host or own_hosts()), now))
+    if not arguments.offline:
+        lines += tuple(ask(pki, settings.peers, now))
     report = CheckReport(ok=all(line.verdict != "fail" for line in lines), lines=lines)
     if arguments.json:
         output.write(msgspec.json.encode(report).decode() + "\n")
@@ -128,5 +128,4 @@ _STEPS: Final[dict[str, Callable[[argparse.Namespace, Pki, TextIO], int]]] = {
     "join": _join,
     "revoke": _revoke,
     "list": _listed,
-    "check": _check,
 }

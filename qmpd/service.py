@@ -132,7 +132,7 @@ class Service:
 
     async def check(self) -> CheckReport:
         """What this host can do, and what would mend what it cannot."""
-        return await self._inventory.check(self._settings.state_dir)
+        return await self._inventory.check(self._settings)
 
     # Definitions.
 

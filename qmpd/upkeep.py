@@ -11,6 +11,7 @@ from qmpd.doctor import Doctor
 from qmpd.inventory import Inventory
 from qmpd.jobs import Jobs
 from qmpd.journal import Journal
+from qmpd.peering import Peering
 from qmpd.registry import Registry
 from qmpd.sampling import Sampler
 from qmpd.settings import Settings
@@ -39,6 +40,7 @@ class Upkeep:
         jobs: Jobs,
         sampler: Sampler,
         tally: Tally,
+        peering: Peering,
     ) -> None:
         self._settings = settings
         self._registry = registry
@@ -48,7 +50,7 @@ class Upkeep:
         self._jobs = jobs
         self._sampler = sampler
         self._tally = tally
-        self._doctor = Doctor(settings, registry, journal, bus)
+        self._doctor = Doctor(settings, registry, journal, bus, peering)
         self._metrics: Metrics | None = None
 
     async def doctor(self) -> DoctorReport:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +17,7 @@ import msgspec
 from qmpd.bus import Bus
 from qmpd.doctor import gathering
 from qmpd.doctor.condition import (
+    CertificateSeen,
     Condition,
     DatabaseSeen,
     FileSeen,
@@ -24,6 +25,7 @@ from qmpd.doctor.condition import (
     LeftOver,
     LimitSeen,
     MachineSeen,
+    PeerSeen,
     SilentDirectory,
     VolumeSeen,
 )
@@ -35,6 +37,8 @@ from qmpd.hostprocess import HostProcess
 from qmpd.journal import Journal, timestamp, utc_now
 from qmpd.lifecycle import State
 from qmpd.machine import Machine
+from qmpd.peering import Peering
+from qmpd.peerviews import PeerHealth
 from qmpd.registry import Registry
 from qmpd.settings import Settings
 from qmpd.tasks import Tasks
@@ -46,6 +50,8 @@ __all__ = ["Doctor"]
 DATABASE_DEADLINE_S: Final = 3.0
 #: Looking at the emulators of a hundred machines takes milliseconds, unless one lies on a dead mount.
 EMULATORS_DEADLINE_S: Final = 2.0
+#: Peers that need longer are in trouble as well. Asking goes on until its own limit, in the background.
+PEERS_DEADLINE_S: Final = 3.0
 #: How many of the newest events are searched for crashes.
 EVENTS_SEARCHED: Final = 2000
 HOUR: Final = timedelta(hours=1)
@@ -54,7 +60,8 @@ HOUR: Final = timedelta(hours=1)
 class Doctor:
     """Examines one daemon."""
 
-    def __init__(self, settings: Settings, registry: Registry, journal: Journal, bus: Bus) -> None:
+    def __init__(self, settings: Settings, registry: Registry, journal: Journal, bus: Bus, peering: Peering) -> None:
+        self._peering = peering
         self._settings = settings
         self._registry = registry
         self._journal = journal
@@ -66,7 +73,9 @@ class Doctor:
     async def examine(self) -> DoctorReport:
         """What is wrong. Answers within seconds, whatever hangs; never fails."""
         machines = list(self._registry)
-        answers, crashes, replaced = await asyncio.gather(self._looked(machines), self._crashes(), self._replaced(machines))
+        answers, crashes, replaced, peers = await asyncio.gather(
+            self._looked(machines), self._crashes(), self._replaced(machines), self._peers()
+        )
         full = {(console.machine, console.port) for console in only(FullConsole, answers)}
         (database,) = only(DatabaseSeen, answers)
         condition = Condition(
@@ -78,6 +87,8 @@ class Doctor:
             left_over=only(LeftOver, answers),
             foreign=tuple(self._foreign(only(HostProcess, answers))),
             silent=only(SilentDirectory, answers),
+            certificates=only(CertificateSeen, answers),
+            peers=peers,
         )
         return report(condition)
 
@@ -89,6 +100,7 @@ class Doctor:
             *gathering.of_left_over(settings, lambda: registry.names, registry.damaged),
             gathering.of_database(settings),
             gathering.of_host(),
+            *gathering.of_certificates(settings),
         ]
         for machine in machines:
             paths = registry.paths(machine.name)
@@ -96,6 +108,16 @@ class Doctor:
             questions += [gathering.of_console(machine.name, paths, port) for port in machine.consoles]
         answers = await self._lookout.look([question.look for question in questions])
         return [found for question, answer in zip(questions, answers, strict=True) for found in question.seen(answer)]
+
+    async def _peers(self) -> tuple[PeerSeen, ...]:
+        """What the peers say, or that they did not say it in time."""
+        names = [peer.name for peer in self._peering.peers]
+        asked = [self._tasks.start(self._peering.health(name), f"doctor:peer:{name}") for name in names]
+        if asked:
+            await asyncio.wait(asked, timeout=PEERS_DEADLINE_S)
+        late = PeerHealth(name="", url="", reachable=False, problem=f"no answer within {PEERS_DEADLINE_S:g} s")
+        now = utc_now()
+        return tuple(_peer(name, task.result() if task.done() else late, now) for name, task in zip(names, asked, strict=True))
 
     async def _crashes(self) -> Counter[str] | None:
         """How often each machine crashed within the last hour; None if the database does not say."""
@@ -144,6 +166,11 @@ async def _all_replaced(machines: list[Machine]) -> dict[str, bool]:
             except (QmpdError, OSError):
                 continue
     return found
+
+
+def _peer(name: str, health: PeerHealth, now: datetime) -> PeerSeen:
+    left = None if health.certificate is None else (datetime.fromisoformat(health.certificate.expires_at) - now).total_seconds() / 86_400
+    return PeerSeen(name=name, problem=health.problem, clock_ahead_s=health.clock_ahead_s, days_left=left)
 
 
 def _used_by(process: HostProcess, directories: tuple[str, ...]) -> str | None:

@@ -100,6 +100,24 @@ class ForeignQemu(Facts, frozen=True, kw_only=True):
     directory: str
 
 
+class CertificateSeen(Facts, frozen=True, kw_only=True):
+    """Something that is wrong with the certificates, as `qmpd pki check` puts it. `grave`: they cannot be used."""
+
+    subject: str
+    found: str
+    remedy: str
+    grave: bool
+
+
+class PeerSeen(Facts, frozen=True, kw_only=True):
+    """Another daemon. `problem`: why it cannot be reached. `clock_ahead_s`: its clock; `days_left`: of its certificate."""
+
+    name: str
+    problem: str | None = None
+    clock_ahead_s: float | None = None
+    days_left: float | None = None
+
+
 class Condition(Facts, frozen=True, kw_only=True):
     """Everything at once."""
 
@@ -111,3 +129,5 @@ class Condition(Facts, frozen=True, kw_only=True):
     left_over: tuple[LeftOver, ...] = ()
     foreign: tuple[ForeignQemu, ...] = ()
     silent: tuple[SilentDirectory, ...] = ()
+    certificates: tuple[CertificateSeen, ...] = ()
+    peers: tuple[PeerSeen, ...] = ()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Final, Literal, TypeVar
 
 import msgspec
 
-from qmpd.doctor.condition import DatabaseSeen, FileSeen, LeftOver, Silence, SilentDirectory, VolumeSeen
+from qmpd.doctor.condition import CertificateSeen, DatabaseSeen, FileSeen, LeftOver, Silence, SilentDirectory, VolumeSeen
 from qmpd.doctor.limits import limits
 from qmpd.doctor.looking import Look
 from qmpd.facts import FileFacts, MachinePaths
@@ -131,6 +132,28 @@ def of_database(settings: Settings) -> Question:
 def _database(path: str) -> DatabaseSeen:
     log = Path(f"{path}-wal")
     return DatabaseSeen(path=path, answers=True, size_bytes=Path(path).stat().st_size, log_bytes=log.stat().st_size if log.exists() else 0)
+
+
+def of_certificates(settings: Settings) -> Iterator[Question]:
+    """What is wrong with the certificates, where some are needed: some CertificateSeen."""
+    if settings.listen or settings.peers:
+
+        def seen(answer: object) -> Sequence[object]:
+            return answer if isinstance(answer, list) else []
+
+        yield Question(look=Look(path=settings.pki_dir, work=partial(_certificates, settings)), seen=seen)
+
+
+def _certificates(settings: Settings) -> list[CertificateSeen]:
+    from qmpd.pki import own_hosts  # here: a library of cryptography comes with the check
+    from qmpd.pki.checking import check, daemon_of
+
+    lines = check(settings.pki_dir, daemon_of(settings, own_hosts()), datetime.now(UTC))
+    return [
+        CertificateSeen(subject=line.subject, found=line.found, remedy=line.mend or "qmpd pki check", grave=line.verdict == "fail")
+        for line in lines
+        if line.verdict != "pass"
+    ]
 
 
 def of_host() -> Question:

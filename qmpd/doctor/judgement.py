@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Final, Literal
 
 from qmpd.doctor.condition import (
+    CertificateSeen,
     Condition,
     DatabaseSeen,
     FileSeen,
@@ -16,6 +17,7 @@ from qmpd.doctor.condition import (
     LeftOver,
     LimitSeen,
     MachineSeen,
+    PeerSeen,
     Silence,
     SilentDirectory,
     VolumeSeen,
@@ -42,6 +44,10 @@ LARGE_LOG_BYTES: Final = 64 * MIB
 LARGE_DATABASE_BYTES: Final = 4 * GIB
 #: So many events wait only while the disk is slow.
 MANY_PENDING: Final = 1000
+#: Certificates are dated back by ten minutes; a minute is mended in time.
+CLOCKS_DIFFER_S: Final = 60.0
+#: Long enough to renew without hurry, as in `qmpd pki check`.
+DAYS_LEFT: Final = 30.0
 NEARLY: Final = 0.8
 ALMOST: Final = 0.95
 _ORDER: Final = {"fail": 0, "warn": 1, "note": 2}
@@ -60,6 +66,8 @@ def report(condition: Condition) -> DoctorReport:
         *map(_of_left_over, condition.left_over),
         *map(_of_foreign, condition.foreign),
         *map(_of_silence, condition.silent),
+        *map(_of_certificate, condition.certificates),
+        *(finding for peer in condition.peers for finding in _of_peer(peer)),
     ]
     found.sort(key=lambda finding: (_ORDER[finding.severity], finding.where, finding.what))
     return DoctorReport(
@@ -213,3 +221,21 @@ def _of_silence(silent: SilentDirectory) -> DoctorFinding:
         what = f"it was not looked at: {silent.silence.behind} is on the same file system, which does not answer"
         return _finding("warn", silent.directory, what, "mend that")
     return _finding("fail", silent.directory, "its file system does not answer", _SILENT_MEND.replace("PATH", silent.directory))
+
+
+def _of_certificate(seen: CertificateSeen) -> DoctorFinding:
+    return _finding("fail" if seen.grave else "warn", f"certificates, {seen.subject}", seen.found, seen.remedy)
+
+
+def _of_peer(peer: PeerSeen) -> Iterator[DoctorFinding]:
+    where = f"peer {peer.name}"
+    if peer.problem is not None:
+        yield _finding(
+            "warn", where, f"it cannot be reached: {peer.problem}", "qmpd pki check on both hosts says more; no machine goes there"
+        )
+    if peer.clock_ahead_s is not None and abs(peer.clock_ahead_s) > CLOCKS_DIFFER_S:
+        what = f"its clock is {peer.clock_ahead_s:+.0f} s off ours: certificates that are new or end are judged differently on both"
+        yield _finding("warn", where, what, "set both clocks, and keep them so (chrony, systemd-timesyncd)")
+    if peer.days_left is not None and peer.days_left < DAYS_LEFT:
+        what = f"its certificate ends in {max(0, int(peer.days_left))} days"
+        yield _finding("warn", where, what, "qmpd pki renew where certificates are issued, and copy the files to that host")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qmpd.accelerator import NATIVE, Accelerators
 from qmpd.errors import HostError
@@ -32,8 +32,12 @@ async def check(
     machines_cgroup: str | None = None,
     tree: HostTree | None = None,
     host: str | None = None,
+    further: Callable[[], Sequence[CheckLine]] = tuple,
 ) -> CheckReport:
-    """Look at everything. Takes seconds the first time (emulators are asked, KVM is measured), afterwards some 0.1 s. Never fails."""
+    """Look at everything, and at `further`, which may block.
+
+    Takes seconds the first time (emulators are asked, KVM is measured), afterwards some 0.1 s. Never fails.
+    """
     tree = HostTree() if tree is None else tree
     host = os.uname().machine if host is None else host
     found = await emulators.all()
@@ -50,6 +54,7 @@ async def check(
         await software.image_line(distribution),
         *await asyncio.to_thread(firmware.uefi_lines, tree, targets, distribution),
         *await asyncio.to_thread(firmware.built_in_lines, targets, places, distribution),
+        *await asyncio.to_thread(further),
     ]
     return CheckReport(ok=all(line.verdict != "fail" for line in lines), lines=tuple(lines))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Final
 
 #: Long enough not to be renewed in a hurry, short enough that a lost key is not lost for ever.
@@ -12,3 +13,8 @@ INVITED_MINUTES: Final = 60.0
 ORGANIZATION: Final = "qmpd"
 #: The directory, in an authority's own, where what it issues is put by default.
 ISSUED: Final = "issued"
+
+
+def own_hosts() -> tuple[str, ...]:
+    """What this host calls itself. Blocks: a resolver may be asked."""
+    return tuple(dict.fromkeys((socket.gethostname(), socket.getfqdn())))

@@ -44,7 +44,10 @@ class KeyPair(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CertificateFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a certificate says. `serial` and `fingerprint` (SHA-256 of the DER form) are lower-case hex."""
+    """What a certificate says. `serial` and `fingerprint` (SHA-256 of the DER form) are lower-case hex.
+
+    `signs`: its key may sign certificates; `proves`: it may show who its owner is; `server`, `client`: as which side of a connection.
+    """
 
     name: str
     role: str
@@ -57,6 +60,7 @@ class CertificateFacts(msgspec.Struct, frozen=True, kw_only=True):
     hosts: tuple[str, ...]
     authority: bool
     signs: bool
+    proves: bool
     server: bool
     client: bool
 
@@ -272,6 +276,7 @@ def _facts(certificate: x509.Certificate) -> CertificateFacts:
         hosts=hosts,
         authority=constraints is not None and constraints.ca,
         signs=usage is not None and usage.key_cert_sign,
+        proves=usage is not None and usage.digital_signature,
         server=extended is not None and ExtendedKeyUsageOID.SERVER_AUTH in extended,
         client=extended is not None and ExtendedKeyUsageOID.CLIENT_AUTH in extended,
     )

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from qmpctl.__main__ import run
@@ -18,9 +19,12 @@ from qmpd.errors import HostError, NotFound, PeerRefused, PeerSilent, PeerUnavai
 from qmpd.peering import HEALTH_S
 from qmpd.peerviews import PeerCertificate, PeerGreeting, PeerHealth, PeerView
 from qmpd.pki import certificates
+from qmpd.pki.asking import ask
 from qmpd.pki.certificates import KeyPair
 from qmpd.pki.directory import AUTHORITY, AUTHORITY_KEY, CLIENT, REVOKED, SERVER, Pki
+from qmpd.settings import Peer
 from qmpd.trust import LOOK_S
+from qmpd.views import CheckLine
 from qmpd_api.client import Client
 from qmpd_api.connection import Remote
 from qmpd_api.dialling import dialled
@@ -160,6 +164,47 @@ async def test_a_peer_that_is_not_there_is_said_to_be_so(lab: Lab) -> None:
     async with dialled(peer("b", gone), str(lab.a.pki.directory)) as client:
         with pytest.raises(PeerUnavailable, match="cannot connect"):
             await client.greeting()
+
+
+async def asked(lab: Lab, *peers: Peer) -> list[CheckLine]:
+    """What `qmpd pki check` says of peers on the host of `a`."""
+    return await asyncio.to_thread(ask, lab.a.pki, peers, datetime.now(UTC))
+
+
+async def test_a_check_without_a_daemon_asks_the_peers_as_well(lab: Lab) -> None:
+    (line,) = await asked(lab, peer("b", lab.b.port))
+    assert (line.verdict, line.subject, "certificate until" in line.found) == ("pass", "b", True)
+    assert await asked(lab) == []
+
+
+async def test_a_check_says_what_is_wrong_with_a_peer_and_what_mends_it(lab: Lab) -> None:
+    with port() as (_, number):
+        pass
+    localhost = msgspec.structs.replace(peer("b", lab.b.port), url=f"https://localhost:{lab.b.port}")
+    lines = await asked(lab, peer("c", lab.b.port), peer("b", number), localhost)
+    assert [(line.verdict, line.subject) for line in lines] == [("fail", "c"), ("warn", "b"), ("fail", "b")]
+    assert "is peer:b, not peer:c" in lines[0].found
+    assert "port is open" in (lines[1].mend or "")
+    assert "ismatch" in lines[2].found
+    assert "--host HOST" in (lines[2].mend or "")
+    stranger = await asyncio.to_thread(lab.posing, "c")
+    (line,) = await asyncio.to_thread(ask, stranger, (peer("b", lab.b.port),), datetime.now(UTC))
+    assert (line.verdict, "c is no peer" in line.found) == ("fail", True)
+    (line,) = await asyncio.to_thread(ask, lab.a.pki, (peer("b", lab.b.port),), datetime.now(UTC) + timedelta(days=390))
+    assert line.verdict == "warn"
+
+
+async def test_a_doctor_names_a_peer_that_is_gone_and_certificates_that_will_not_do(lab: Lab) -> None:
+    report = await lab.b.service.upkeep.doctor()
+    assert [finding.where for finding in report.findings if finding.where.startswith(("peer", "certificates"))] == ["certificates, names"]
+    await asyncio.to_thread(lab.authority.revoke, "b")
+    listed = await asyncio.to_thread(lab.authority.read, REVOKED) or b""
+    await asyncio.to_thread((lab.a.pki.directory / REVOKED).write_bytes, listed)
+    await asyncio.to_thread((lab.a.pki.directory / SERVER[1]).chmod, 0o644)
+    report = await lab.a.service.upkeep.doctor()
+    found = {finding.where: (finding.severity, finding.what) for finding in report.findings}
+    assert found["certificates, server-key.pem"] == ("fail", "is open to others (mode 0644)")
+    assert "revoked" in found["peer b"][1]
 
 
 @pytest.fixture

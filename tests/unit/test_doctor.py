@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from qmpd.doctor.condition import (
+    CertificateSeen,
     Condition,
     DatabaseSeen,
     FileSeen,
@@ -12,6 +14,7 @@ from qmpd.doctor.condition import (
     LeftOver,
     LimitSeen,
     MachineSeen,
+    PeerSeen,
     Silence,
     SilentDirectory,
     VolumeSeen,
@@ -176,6 +179,19 @@ def test_a_directory_that_does_not_answer_is_named() -> None:
     assert (severity, "ls -d /p" in text) == ("fail", True)
     severity, text = only(silent=(SilentDirectory(directory="/p", silence=Silence(behind="/p/0")),))
     assert (severity, "/p/0 is on the same file system" in text) == ("warn", True)
+
+
+def test_certificates_and_peers_in_trouble_are_named() -> None:
+    seen = CertificateSeen(subject="server-key.pem", found="is open to others", remedy="chmod 600", grave=True)
+    assert only(certificates=(seen,)) == ("fail", "certificates, server-key.pem: is open to others > chmod 600")
+    assert only(certificates=(msgspec.structs.replace(seen, grave=False),))[0] == "warn"
+    assert found(peers=(PeerSeen(name="b", clock_ahead_s=-59.0, days_left=31.0), PeerSeen(name="c"))) == []
+    severity, text = only(peers=(PeerSeen(name="b", problem="cannot connect"),))
+    assert (severity, text.startswith("peer b: it cannot be reached: cannot connect")) == ("warn", True)
+    severity, text = only(peers=(PeerSeen(name="b", clock_ahead_s=-61.0),))
+    assert (severity, "-61 s off ours" in text) == ("warn", True)
+    severity, text = only(peers=(PeerSeen(name="b", days_left=2.9),))
+    assert (severity, "ends in 2 days" in text) == ("warn", True)
 
 
 def test_the_gravest_comes_first_and_a_warning_is_no_failure() -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from qmpd import __main__ as command
 from qmpd.access import Role
+from qmpd.inventory import certificate_lines
 from qmpd.pki import certificates
 from qmpd.pki.certificates import KeyPair
-from qmpd.pki.checking import check
+from qmpd.pki.checking import STALE, Daemon, check, in_short
 from qmpd.pki.directory import AUTHORITY, AUTHORITY_KEY, CLIENT, REVOKED, SERVER, Pki
+from qmpd.settings import user_defaults
 from qmpd.views import CheckLine
 
 
@@ -34,8 +39,8 @@ def pki(tmp_path: Path) -> Pki:
     return made
 
 
-def found(pki: Pki, now: datetime | None = None, hosts: tuple[str, ...] = ("localhost",)) -> list[CheckLine]:
-    return [line for line in check(pki.directory, hosts, now or moment()) if line.verdict != "pass"]
+def found(pki: Pki, now: datetime | None = None, hosts: tuple[str, ...] = ("localhost",), **about: Any) -> list[CheckLine]:
+    return [line for line in check(pki.directory, Daemon(hosts=hosts, **about), now or moment()) if line.verdict != "pass"]
 
 
 def put(pki: Pki, name: str, data: bytes) -> None:
@@ -57,6 +62,10 @@ def replace(pki: Pki, names: tuple[str, str], pair: KeyPair) -> None:
     put(pki, names[1], pair.key)
 
 
+def listed(pki: Pki, later: timedelta) -> bytes:
+    return certificates.revocation_list(authority_of(pki), [], moment() + later, 1)
+
+
 def foreign(pki: Pki) -> None:
     other = certificates.new_authority("lab", moment())
     request = certificates.new_request("localhost")
@@ -65,7 +74,7 @@ def foreign(pki: Pki) -> None:
 
 
 def test_a_set_up_that_is_right_passes_and_was_really_tried(pki: Pki) -> None:
-    lines = check(pki.directory, ("localhost",), moment())
+    lines = check(pki.directory, Daemon(hosts=("localhost",), listen=("127.0.0.1", "::"), uid=os.getuid()), moment())
     assert {line.verdict for line in lines} == {"pass"}
     assert lines[-1].subject == "TLS 1.3 with itself"
 
@@ -86,6 +95,9 @@ def test_a_set_up_that_is_right_passes_and_was_really_tried(pki: Pki) -> None:
         (lambda pki: put(pki, SERVER[1], certificates.new_request("x").key), f"is not the key of {SERVER[0]}"),
         (foreign, "was not issued by the authority"),
         (lambda pki: pki.revoke("localhost"), "was revoked"),
+        (lambda pki: replace(pki, SERVER, authority_of(pki)), "does not show who a host is"),
+        (lambda pki: put(pki, REVOKED, listed(pki, timedelta(days=2))), "is valid from"),
+        (lambda pki: put(pki, REVOKED, listed(pki, timedelta(days=-400))), "ended"),
         (lambda pki: replace(pki, CLIENT, signed(pki, "viewer")), "has the role viewer"),
         (lambda pki: replace(pki, SERVER, signed(pki, "operator")), "may not be used as a server"),
         (lambda pki: replace(pki, SERVER, signed(pki, "peer", moment() + timedelta(days=2))), "is valid from"),
@@ -112,6 +124,63 @@ def test_a_host_that_is_called_otherwise_is_warned(pki: Pki) -> None:
     lines = found(pki, hosts=("elsewhere",))
     assert [(line.verdict, line.subject) for line in lines] == [("warn", "names")]
     assert "elsewhere" in lines[0].found
+
+
+def test_an_address_that_the_certificate_does_not_have_is_warned(pki: Pki) -> None:
+    lines = found(pki, listen=("127.0.0.1", "192.0.2.1", "0.0.0.0"))  # noqa: S104  not listened at
+    assert [(line.verdict, line.subject) for line in lines] == [("warn", "listen")]
+    assert lines[0].found.startswith("192.0.2.1;")
+
+
+def test_a_list_that_nobody_made_anew_is_warned(pki: Pki) -> None:
+    put(pki, REVOKED, listed(pki, -STALE - timedelta(days=1)))
+    (line,) = found(pki)
+    assert (line.verdict, line.subject, line.found.startswith("is of ")) == ("warn", "revocation list", True)
+
+
+def test_a_directory_of_somebody_elses_is_a_failure(pki: Pki) -> None:
+    (line,) = found(pki, uid=os.getuid() + 1)
+    assert (line.verdict, line.subject) == ("fail", "directory")
+    assert "belongs to" in line.found
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+@pytest.mark.parametrize(
+    ("name", "owners"), [(SERVER[1], (0, 1)), (SERVER[1], (1, 0)), (AUTHORITY, (0, 1)), (AUTHORITY_KEY, (1, 2))], ids=str
+)
+def test_a_file_of_somebody_elses_is_a_failure(pki: Pki, name: str, owners: tuple[int, int]) -> None:
+    for path in pki.directory.iterdir():
+        os.chown(path, owners[0], owners[0])
+    os.chown(pki.directory, owners[0], owners[0])
+    assert found(pki, uid=owners[0]) == []
+    os.chown(pki.directory / name, owners[1], owners[1])
+    (line,) = found(pki, uid=owners[0])
+    assert (line.verdict, line.subject) == ("fail", name)
+    assert (line.mend or "").startswith("chown ")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a file of somebody else's")
+def test_what_root_makes_belongs_to_whom_the_directory_belongs(tmp_path: Path) -> None:
+    pki = Pki(tmp_path / "pki")
+    pki.directory.mkdir(mode=0o700)
+    os.chown(pki.directory, 1, 1)
+    pki.init("lab")
+    pki.install(pki.issue("localhost", "peer", ()), pki.read(AUTHORITY) or b"", pki.read(REVOKED) or b"")
+    assert {path.stat().st_uid for path in pki.directory.iterdir()} == {1}
+    assert found(pki, uid=1) == []
+
+
+def test_a_report_on_the_host_says_in_short_what_is_wrong(pki: Pki, tmp_path: Path) -> None:
+    settings = msgspec.structs.replace(user_defaults("ada", str(tmp_path), {}), pki_dir=str(pki.directory))
+    assert [(line.topic, line.verdict) for line in in_short(settings, ("localhost",), moment())] == [("Certificates", "pass")]
+    (pki.directory / SERVER[1]).chmod(0o644)
+    assert [(line.topic, line.verdict, line.subject) for line in in_short(settings, ("localhost",), moment())] == [
+        ("Certificates", "warn", SERVER[1])
+    ]
+    assert [line.subject for line in certificate_lines(settings)] == [SERVER[1]]
+    assert certificate_lines(msgspec.structs.replace(settings, pki_dir=str(tmp_path / "nothing"))) == []
+    nothing = msgspec.structs.replace(settings, pki_dir=str(tmp_path / "nothing"), listen=("127.0.0.1:1",))
+    assert [line.verdict for line in certificate_lines(nothing)] == ["warn"]
 
 
 def test_the_command_says_by_its_status_whether_the_files_will_do(pki: Pki, capsys: pytest.CaptureFixture[str]) -> None:
