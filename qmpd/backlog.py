@@ -90,6 +90,8 @@ class EventBacklog:
         self._arrived = asyncio.Event()
         self._closed = asyncio.Event()
         self._hearers = Hearers()
+        #: Whether the reader has everything that came, and waits for more.
+        self.read_out = False
         self._loop = asyncio.get_running_loop()
         self._allowance = float(BURST)
         self._allowance_at = self._loop.time()
@@ -122,6 +124,7 @@ class EventBacklog:
     def _append(self, item: QmpEvent | EventsLost, size: int) -> None:
         self._waiting.append((item, size))
         self._bytes += size
+        self.read_out = False
         self._arrived.set()
 
     def _lose(self, count: int) -> None:
@@ -141,7 +144,9 @@ class EventBacklog:
             if self._closed.is_set():
                 raise StopAsyncIteration
             self._arrived.clear()
+            self.read_out = True
             await self._arrived.wait()
+        self.read_out = False
         await self._pace()
         item, size = self._waiting.popleft()
         self._bytes -= size

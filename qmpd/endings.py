@@ -29,6 +29,11 @@ def is_clean(status: ExitStatus, reason: str | None) -> bool:
     return status.code == 0 if status.code is not None else reason is not None
 
 
+def judged(status: ExitStatus, reason: str | None, stderr_tail: str, at: str) -> ExitView:
+    """How it ended, as it is shown and kept."""
+    return ExitView(code=status.code, signal=status.signal, reason=reason, clean=is_clean(status, reason), at=at, stderr_tail=stderr_tail)
+
+
 def keep(state_dir: str, ending: ExitView) -> None:
     """Writes the ending down; it is for people, so a disk that is full loses it and nothing else. Blocks."""
     target = Path(state_dir) / ENDING_NAME

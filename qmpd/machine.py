@@ -20,7 +20,7 @@ from qmpd.board import Board
 from qmpd.cgroups import directory_of, leave
 from qmpd.console import Console
 from qmpd.diskerrors import found_in, halted_by
-from qmpd.endings import is_clean, keep
+from qmpd.endings import judged, keep
 from qmpd.errors import HostError, LaunchFailed, MonitorUnavailable, QmpdError, WrongState
 from qmpd.facts import MachinePaths
 from qmpd.failpoint import passing
@@ -42,7 +42,7 @@ from qmpd.views import DiskErrorView, ExitView, MachineView
 _log = logging.getLogger(__name__)
 Publish = Callable[[str, str, Mapping[str, object]], object]
 #: Launches or adopts, and stays until the process has ended; the future is resolved as soon as the machine is ready.
-Work = Callable[[asyncio.Future[None]], Coroutine[object, object, ExitStatus]]
+Work = Callable[[asyncio.Future[None]], Coroutine[object, object, None]]
 
 
 def now() -> str:
@@ -261,6 +261,8 @@ class Machine:
             await asyncio.wait([self._task])
 
     async def _spawn_task(self, work: Work) -> None:
+        if self._task is not None:
+            await asyncio.wait([self._task])  # it lets go of the process before
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[None] = loop.create_future()
         self._began = loop.time()
@@ -269,7 +271,7 @@ class Machine:
 
     async def _run(self, work: Work, ready: asyncio.Future[None]) -> None:
         try:
-            status = await work(ready)
+            await work(ready)
         except QmpdError as error:
             self._failed(error, ready)
         except OSError as error:
@@ -281,16 +283,11 @@ class Machine:
             _log.exception("mistake in a machine's task", extra={"machine": self.name})
             self._failed(HostError(f"qmpd made a mistake with machine {self.name!r}: {error!r}"), ready)
         else:
-            self.status = None
-            clean = self.exit is not None and self.exit.clean
-            self.happen(Happening.EXITED if clean or self.asked_to_end else Happening.DIED)
-            _log.info("machine ended", extra={"machine": self.name, "status": describe(status), "clean": clean})
             _settle(ready)
-            self.on_end(self)
         finally:
             self._session = None
 
-    async def _launch(self, launch: Launch, ready: asyncio.Future[None]) -> ExitStatus:
+    async def _launch(self, launch: Launch, ready: asyncio.Future[None]) -> None:
         async with prepared(launch, self.definition) as (process, record):
             self.launch = record
             if launch.head_start is not None:
@@ -310,19 +307,19 @@ class Machine:
                     _settle(ready)  # who waits for the start need not wait for the note
                     await asyncio.to_thread(mark_begun, record.run_dir)
 
-            return await self._follow(session, record, launch.state_dir, session.launch(begin, partial(_settle, ready)))
+            end = partial(self._end, session, record, launch.state_dir)
+            await self._follow(session, record, session.launch(begin, partial(_settle, ready), end))
 
-    async def _adopt(self, record: LaunchRecord, process: QemuProcess, paths: MachinePaths, ready: asyncio.Future[None]) -> ExitStatus:
+    async def _adopt(self, record: LaunchRecord, process: QemuProcess, paths: MachinePaths, ready: asyncio.Future[None]) -> None:
         try:
             session = Session(self, self.name, process, record.sockets, paths.log("stderr"), record.expected_uuid)
             paused = record.paused or await asyncio.to_thread(has_begun, record.run_dir)
-            return await self._follow(session, record, paths.state, session.adopt(partial(_settle, ready), paused=paused))
+            end = partial(self._end, session, record, paths.state)
+            await self._follow(session, record, session.adopt(partial(_settle, ready), end, paused=paused))
         finally:
             process.close()
 
-    async def _follow(
-        self, session: Session, record: LaunchRecord, state_dir: str, conversation: Coroutine[object, object, ExitStatus]
-    ) -> ExitStatus:
+    async def _follow(self, session: Session, record: LaunchRecord, conversation: Coroutine[object, object, None]) -> None:
         self._session = session
         self._tell()
         async with self._placed(session, record), AsyncExitStack() as stack:
@@ -331,33 +328,34 @@ class Machine:
                 if path is not None:  # the board may have got another port since the machine was launched
                     await self._attach(stack, console, path)
             try:
-                status = await conversation
+                await conversation
             except LaunchFailed:
                 await asyncio.to_thread(remove_record, record.run_dir)
                 raise
-            await self._wrap_up(session, record, state_dir, status)
-        return status
 
-    async def _wrap_up(self, session: Session, record: LaunchRecord, state_dir: str, status: ExitStatus) -> None:
-        """Everything there is to read and to write at the end of a process, in one go: somebody waits for it."""
+    async def _end(self, session: Session, record: LaunchRecord, state_dir: str, status: ExitStatus) -> None:
+        """The process has ended: what there is to read and to write, in one go, and then the machine is at rest. Somebody waits for that.
+
+        Nobody is told before how it ended is written down and its record is gone: a daemon that is killed then must not take a machine
+        that was stopped for one that crashed.
+        """
         consoles = list(self.consoles.values())
 
         def work() -> tuple[ExitView, list[tuple[int, bytes] | None]]:
-            ending = ExitView(
-                code=status.code,
-                signal=status.signal,
-                reason=session.shutdown_reason,
-                clean=is_clean(status, session.shutdown_reason),
-                at=now(),
-                stderr_tail=session.last_words(),
-            )
+            ending = judged(status, session.shutdown_reason, session.last_words(), now())
             keep(state_dir, ending)
             remove_record(record.run_dir)
             return ending, [console.look() for console in consoles]
 
-        self.exit, logs = await asyncio.to_thread(work)
+        ending, logs = await asyncio.to_thread(work)
         for console, seen in zip(consoles, logs, strict=True):
             console.note(seen)
+        self.exit, self._session, self.status = ending, None, None
+        self.happen(Happening.EXITED if ending.clean or self.asked_to_end else Happening.DIED)
+        # In the next turn of the loop, behind the answers that go out in this one.
+        fields = {"machine": self.name, "status": describe(status), "clean": ending.clean}
+        asyncio.get_running_loop().call_soon(partial(_log.info, "machine ended", extra=fields))
+        self.on_end(self)
 
     @asynccontextmanager
     async def _placed(self, session: Session, record: LaunchRecord) -> AsyncIterator[None]:
@@ -381,6 +379,8 @@ class Machine:
             _log.warning("console not attached", extra={"machine": self.name, "path": path, "error": str(error)})
 
     def _failed(self, error: QmpdError, ready: asyncio.Future[None]) -> None:
+        if self.state in AT_REST:
+            return  # it had ended, and whoever waited for that knows
         self.status = None
         ending = Happening.EXITED if self.asked_to_end else Happening.DIED
         if self._session is not None and self._session.process.exit is None:

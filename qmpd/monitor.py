@@ -14,7 +14,7 @@ import os
 import socket
 import struct
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, suppress
 from ssl import SSLContext
 from typing import Final
 
@@ -43,6 +43,10 @@ __all__ = [
 
 #: Closing aborts the transport first, which takes a few turns of the loop; this is the promise that it ends.
 CLOSE_LIMIT_S: Final = 2.0
+#: QEMU closes its monitor and ends within milliseconds, usually. To take a connection down costs as much as that end, and somebody waits
+#: for the end: the connection is kept so long, unless it is let go before.
+FAREWELL_S: Final = 0.05
+CLOSED_BY_QEMU: Final = "QEMU closed the connection"
 #: Characters of an error's text that are repeated.
 _TEXT_LIMIT: Final = 256
 _UCRED: Final = struct.Struct("3i")
@@ -67,6 +71,8 @@ class _Session(QMPClient):
         self.backlog = EventBacklog()
         self.calls = Calls(name, self._write)
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.ended_by_peer = False
+        self.let_go = asyncio.Event()
         self._lines: Lines
 
     def abort(self) -> None:
@@ -113,7 +119,15 @@ class _Session(QMPClient):
 
     async def _bh_recv_message(self) -> None:
         """What the library calls from then on, for ever: here once."""
-        await self._lines.hand_to(self._take)
+        try:
+            await self._lines.hand_to(self._take)
+        except EOFError:
+            self.ended_by_peer = True
+            self.calls.end(CLOSED_BY_QEMU)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FAREWELL_S):
+                    await self.let_go.wait()
+            raise
 
     def _take(self, line: bytes) -> None:
         document = _document(line)
@@ -151,7 +165,7 @@ class _Session(QMPClient):
                 case None:
                     continue
                 case EOFError():
-                    return "QEMU closed the connection"
+                    return CLOSED_BY_QEMU
                 case _Nonsense():
                     return f"QEMU's end sent {error}"
                 case _:
@@ -178,6 +192,15 @@ class Monitor:
     def closed(self) -> str | None:
         """Why the session ended, or None while it lasts."""
         return self._calls.closed
+
+    @property
+    def heard_out(self) -> bool:
+        """Whether QEMU has closed the connection, and whoever reads the events has read them all."""
+        return self._session.ended_by_peer and self._session.backlog.read_out
+
+    def let_go(self) -> None:
+        """Nobody needs the connection any more: one that QEMU has closed is taken down now."""
+        self._session.let_go.set()
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None, *, deadline_s: float | None = None) -> object:
         """Run an in-band command and return its value. The default deadline is that of the command's class.

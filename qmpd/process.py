@@ -67,7 +67,8 @@ class ExitStatus(msgspec.Struct, frozen=True, kw_only=True):
 class QemuProcess:
     """A process that runs, or ran. Belongs to the event loop it was made in; `close` it when it is of no interest any more.
 
-    `exit` is None while it runs. `stderr_start` is where its own standard error begins in the file it is appended to.
+    `exit` is None while it runs. `stderr_start` is where its own standard error begins in the file it is appended to. `over` is for
+    `asyncio.wait`, and settled when it has ended or is not watched any more.
     """
 
     def __init__(self, identity: Identity, pidfd: int, *, stderr_start: int = 0) -> None:
@@ -75,13 +76,13 @@ class QemuProcess:
         self.stderr_start = stderr_start
         self.exit: ExitStatus | None = None
         self._pidfd = pidfd
-        self._over = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        self.over: asyncio.Future[None] = self._loop.create_future()
         self._loop.add_reader(pidfd, self._ended)
 
     async def wait(self) -> ExitStatus:
         """Return how it ended, once it has; for any number of callers. Raises NotOurs if it was closed before."""
-        await self._over.wait()
+        await asyncio.wait([self.over])
         if self.exit is None:
             raise NotOurs(f"process {self.identity.pid} is not watched any more")
         return self.exit
@@ -112,7 +113,8 @@ class QemuProcess:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
             self._pidfd = -1
-        self._over.set()
+        if not self.over.done():
+            self.over.set_result(None)
 
     def _ended(self) -> None:
         self.exit = _reap(self._pidfd)

@@ -12,7 +12,7 @@ import logging
 import signal
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from contextlib import AbstractContextManager, AsyncExitStack
+from contextlib import AbstractContextManager
 from typing import Final, Literal, Protocol
 
 from qmpd.backlog import Hearer, Hearers
@@ -45,6 +45,7 @@ ASK_AFTER: Final = frozenset({"STOP", "SUSPEND", "SUSPEND_DISK", "WAKEUP", "GUES
 
 _log = logging.getLogger(__name__)
 Begin = Callable[[Monitor], Awaitable[None]]
+End = Callable[[ExitStatus], Awaitable[None]]
 
 
 class Owner(Protocol):
@@ -88,6 +89,7 @@ class Session:
         self._stderr_path = stderr_path
         self._monitor: Monitor | None = None
         self._hearers = Hearers()
+        self._started = False
 
     @property
     def monitor(self) -> Monitor:
@@ -121,27 +123,26 @@ class Session:
         """`Monitor.hearing` over this and every further connection; each new one begins with `EventsLost`."""
         return self._hearers.hearing(take)
 
-    async def launch(self, begin: Begin, ready: Callable[[], None]) -> ExitStatus:
-        """Connects to a QEMU that was just launched, lets `begin` set it going, and stays until it has ended.
+    async def launch(self, begin: Begin, ready: Callable[[], None], end: End) -> None:
+        """Connects to a QEMU that was just launched, lets `begin` set it going, and stays until it has ended and `end` was told how.
 
         Raises:
-            LaunchFailed: it ended, or hung and was ended, before it was ready.
+            LaunchFailed: it ended, or hung and was ended, before it was ready; `end` is not told.
         """
-        await self._while_it_lives(self._watch_launched(begin, ready))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GRACE_S):
-                return await self.process.wait()
-        await self._while_it_lives(self._reconnect())
-        return await self.process.wait()
+        if await self._while_it_lives(self._watch_launched(begin, ready), end):
+            return
+        await self._pause(GRACE_S)
+        if not await self._while_it_lives(self._reconnect(), end):
+            await end(await self.process.wait())
 
-    async def adopt(self, ready: Callable[[], None], *, paused: bool) -> ExitStatus:
-        """Connects to a QEMU that runs already, and stays until it has ended.
+    async def adopt(self, ready: Callable[[], None], end: End, *, paused: bool) -> None:
+        """Connects to a QEMU that runs already, and stays until it has ended and `end` was told how.
 
         `ready` is called after the first attempt, unless the process had ended by then. A guest that was launched to run, and
         was not set going before its daemon died, is set going (`paused` says that it was launched to wait).
         """
-        await self._while_it_lives(self._watch_adopted(ready, paused=paused))
-        return await self.process.wait()
+        if not await self._while_it_lives(self._watch_adopted(ready, paused=paused), end):
+            await end(await self.process.wait())
 
     async def ask_status(self, monitor: Monitor) -> str:
         """Asks QEMU for its run state, reports and returns it."""
@@ -186,22 +187,27 @@ class Session:
             _log.warning("standard error of QEMU cannot be read", extra={"machine": self._name, "error": str(error)})
             return ""
 
-    async def _while_it_lives(self, watch: Coroutine[object, object, None]) -> None:
-        """Stays until the watch is over, or the process: what QEMU said last is still read then."""
-        async with alongside(watch, f"monitor:{self._name}") as watching, alongside(self.process.wait(), f"exit:{self._name}") as exiting:
-            await asyncio.wait([watching, exiting], return_when=asyncio.FIRST_COMPLETED)
+    async def _while_it_lives(self, watch: Coroutine[object, object, None], end: End) -> bool:
+        """Stays until the watch is over, or the process. Whether `end` was told: of a QEMU that was heard out that comes first, and what
+        else there is to do nobody waits for. What another one said last is still read."""
+        async with alongside(watch, f"monitor:{self._name}") as watching:
+            await asyncio.wait([watching, self.process.over], return_when=asyncio.FIRST_COMPLETED)
+            monitor, status, told = self._monitor, self.process.exit, False
+            if monitor is not None and status is not None:
+                told = self._started and monitor.heard_out
+                if told:
+                    await end(status)
+                monitor.let_go()
             if not watching.done():
                 await asyncio.wait([watching], timeout=DRAIN_DEADLINE_S)
             if watching.done():
                 watching.result()
+            return told
 
     async def _watch_launched(self, begin: Begin, ready: Callable[[], None]) -> None:
-        started = False
-
         async def begin_and_tell(monitor: Monitor) -> None:
-            nonlocal started
             await begin(monitor)
-            started = True
+            self._started = True
             ready()
 
         deadlines = (FIRST_ANSWER_S, READY_DEADLINE_S)[-len(self._lines) :]
@@ -209,10 +215,10 @@ class Session:
             try:
                 await self._converse(begin_and_tell, deadline_s)
             except QmpdError as error:
-                if not started and isinstance(error, QemuSilent) and deadline_s is not deadlines[-1]:
+                if not self._started and isinstance(error, QemuSilent) and deadline_s is not deadlines[-1]:
                     _log.warning("QEMU does not answer its monitor, the other one is tried", extra={"machine": self._name})
                     continue
-                if not started:
+                if not self._started:
                     raise await self._launch_failed(error) from error
             break
 
@@ -226,6 +232,7 @@ class Session:
             status = await self.ask_status(monitor)
             if status == "prelaunch" and not paused:
                 await monitor.execute("cont")
+            self._started = True
             self._conclude(None)
             if first_attempt is not None:
                 first_attempt()
@@ -271,11 +278,11 @@ class Session:
 
     async def _pause(self, seconds: float | None, nudge: asyncio.Event | None = None) -> None:
         """Waits, but not longer than the process lives, nor when somebody is in a hurry."""
-        async with AsyncExitStack() as stack:
-            waits: list[asyncio.Task[ExitStatus] | asyncio.Task[Literal[True]]] = []
-            waits.append(await stack.enter_async_context(alongside(self.process.wait(), f"pause:{self._name}")))
-            if nudge is not None:
-                waits.append(await stack.enter_async_context(alongside(nudge.wait(), f"nudge:{self._name}")))
+        if nudge is None:
+            await asyncio.wait([self.process.over], timeout=seconds)
+            return
+        async with alongside(nudge.wait(), f"nudge:{self._name}") as nudged:
+            waits: list[asyncio.Future[None] | asyncio.Task[Literal[True]]] = [self.process.over, nudged]
             await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
 
     async def _converse(self, begin: Begin, deadline_s: float) -> None:
