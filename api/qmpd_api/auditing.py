@@ -99,7 +99,9 @@ def _noted(request: web.Request, status: int) -> bool:
     if status in REFUSALS:
         return True
     route = request.get(_ROUTE)
-    return route is not None and (route.right in NOTED or (route.right == "peer" and request.method not in QUESTIONS))
+    if route is None or (not route.noted and status < HTTPStatus.BAD_REQUEST):
+        return False
+    return route.right in NOTED or (route.right == "peer" and request.method not in QUESTIONS)
 
 
 def _note(request: web.Request, status: int, duration_ms: float | None) -> None:

@@ -61,7 +61,8 @@ class Route(Generic[B, Q]):
     `stream` comes before it and may write a response of its own; it returns None to leave the request to `handler`. `right` is what
     the caller's role must have; `scoped` routes are also for those whose token is good for some machines only, as are all routes of
     one machine. `body_bytes` is what its body may have, where that is less than elsewhere. An answer that is not `kept` holds a secret,
-    or is for somebody whom nobody knows: no Idempotency-Key makes the daemon store it.
+    or is for somebody whom nobody knows: no Idempotency-Key makes the daemon store it. Of what is not `noted`
+    the audit log has only what was not served: a disk comes in thousands of pieces.
     """
 
     method: Method
@@ -83,6 +84,7 @@ class Route(Generic[B, Q]):
     revision: Literal["none", "answered", "optional", "needed"] = "none"
     body_bytes: int | None = None
     kept: bool = True
+    noted: bool = True
 
     @property
     def name(self) -> str:
@@ -248,7 +250,7 @@ ROUTES: Final[tuple[Route[Any, Any], ...]] = (
           handler=item_handlers.item, answer=ItemStanding, errors=(e.NotFound, e.WrongState, e.HostError), pool="waits"),
     Route(method="PUT", path=_ITEM, summary="Hand in a piece of a file or log of a machine that comes", right="peer",
           query=ItemQuery, handler=item_handlers.put_item, takes=BYTES, answer=ItemStanding,
-          errors=(e.NotFound, e.WrongState, e.HostError, e.NoSpace), pool="waits"),
+          errors=(e.NotFound, e.WrongState, e.HostError, e.NoSpace), pool="waits", noted=False),
     Route(method="GET", path="/metrics", summary="The numbers of this daemon for Prometheus", right="read", query=Query,
           handler=handlers.metrics, produces=PROMETHEUS),
     Route(method="GET", path="/v1/openapi.json", summary="This description", right="read", scoped=True, query=Query,

@@ -14,6 +14,7 @@ import pytest
 
 from qmpd import segments
 from qmpd.access import Caller
+from qmpd.audit import Sought
 from qmpd.errors import (
     AlreadyExists,
     Forbidden,
@@ -269,6 +270,8 @@ async def test_only_the_peer_of_the_migration_hands_in_what_it_announced(pair: P
         with pytest.raises(PeerRefused) as caught:
             await put(MIGRATION, "disk-0", offset, data)
         assert _code(caught.value) == code
+    noted = (await pair.b.service.audit.read(Sought())).entries
+    assert {entry.status for entry in noted} == {404, 422}  # a disk would fill the log with what was taken
     pair.rooms.over = True
     with pytest.raises(PeerRefused) as caught:
         await put(MIGRATION, "disk-0", 0, b"0123456789")
