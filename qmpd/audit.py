@@ -30,6 +30,8 @@ NAME: Final = "audit.log"
 WAITING: Final = 10_000
 #: Entries between two looks at the size of the file.
 TOGETHER: Final = 256
+#: Who reads waits so long for what is being written: that takes milliseconds, or the disk stands still.
+CATCH_UP_S: Final = 5.0
 #: What is read at a time, from the end.
 BLOCK_BYTES: Final = 256 * 1024
 
@@ -56,7 +58,7 @@ class Audit:
         self._lost = 0
         self._came = asyncio.Event()
         self._written = asyncio.Condition()
-        self._busy = False
+        self._noted = self._done = 0
 
     def note(self, entry: AuditEntry) -> None:
         """Keeps an entry. It is on its way to the file when this returns, and no more."""
@@ -64,12 +66,15 @@ class Audit:
             self._lost += 1
             return
         self._waiting.append(entry)
+        self._noted += 1
         self._came.set()
 
     async def read(self, sought: Sought) -> AuditPage:
-        """The newest entries that fit, with all that were noted before."""
-        async with self._written:
-            await self._written.wait_for(lambda: not self._waiting and not self._busy)
+        """The newest entries that fit, with all that were noted before, unless the disk stands still."""
+        until = self._noted
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CATCH_UP_S), self._written:
+                await self._written.wait_for(lambda: self._done >= until)
         return await asyncio.to_thread(self._read, sought)
 
     async def write(self) -> None:
@@ -85,14 +90,13 @@ class Audit:
         self._came.clear()
         batch, lost = list(self._waiting), self._lost
         if batch:
-            self._busy = True
             try:
                 written = await undivided(asyncio.to_thread(self._append, batch, lost), "audit-write")
             finally:
                 # Not before: what is being written counts as waiting, so that a disk that stands still is noticed.
                 for _ in batch:
                     self._waiting.popleft()
-                self._busy = False
+                self._done += len(batch)
             self._lost = self._lost - lost if written else self._lost + len(batch)
         async with self._written:
             self._written.notify_all()
