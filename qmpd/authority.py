@@ -25,6 +25,7 @@ class Authority:
     def __init__(self, pki_dir: str, peering: Peering) -> None:
         self._pki_dir = pki_dir
         self._peering = peering
+        self._silent: set[str] = set()
         #: One at a time: whoever has no certificate yet shall not keep all threads busy.
         self._admitting = asyncio.Lock()
 
@@ -70,8 +71,11 @@ class Authority:
             heard = await self._peering.revocations(name)
             if await asyncio.to_thread(self._taken, heard):
                 _log.warning("revocation list taken", extra={"peer": name, "number": heard.number})
+            self._silent.discard(name)
         except (QmpdError, Unreadable) as error:
-            _log.info("revocation list not heard", extra={"peer": name, "error": str(error)})
+            if name not in self._silent:  # said once: it may be down for days
+                self._silent.add(name)
+                _log.info("revocation list not heard", extra={"peer": name, "error": str(error)})
 
     def _admitted(self, request: JoinRequest, address: str | None) -> JoinAnswer:
         from qmpd.pki.directory import Pki
@@ -86,7 +90,13 @@ class Authority:
             _log.error("nobody can join", extra={"directory": self._pki_dir, "error": error.message})
             raise
         _log.warning("joined", extra={"certificate": made.name, "role": made.role, "address": address})
-        return JoinAnswer(certificate=made.certificate.decode(), authority=made.authority.decode(), revoked=made.revoked.decode())
+        return JoinAnswer(
+            name=made.name,
+            role=made.role,
+            certificate=made.certificate.decode(),
+            authority=made.authority.decode(),
+            revoked=made.revoked.decode(),
+        )
 
     def _revoked(self) -> RevocationView:
         from qmpd.pki.certificates import Unreadable, describe_list

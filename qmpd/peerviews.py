@@ -65,8 +65,10 @@ class JoinRequest(Request, frozen=True, kw_only=True):
 
 
 class JoinAnswer(View, frozen=True, kw_only=True):
-    """What they get: the certificate, the authority's own, and its revocation list (all PEM)."""
+    """What they get: the certificate, the authority's own, and its revocation list (all PEM); and whose it is."""
 
+    name: str
+    role: str
     certificate: str
     authority: str
     revoked: str

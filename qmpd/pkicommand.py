@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import shutil
 import sys
 from collections.abc import Callable
@@ -30,7 +31,7 @@ LONGEST_TOKEN: Final = 1024
 PERIOD: Final = "a minute"
 #: The conclusions of `qmpd pki check`.
 GOOD: Final = "Daemons can trust each other with these files."
-BAD: Final = "Nobody can be trusted with these files until the failures are mended."
+BAD: Final = "Daemons cannot trust each other until the failures are mended."
 
 
 def run(arguments: argparse.Namespace, settings: Settings, *, output: TextIO | None = None) -> int:
@@ -48,10 +49,19 @@ def run(arguments: argparse.Namespace, settings: Settings, *, output: TextIO | N
 
 def _init(arguments: argparse.Namespace, pki: Pki, output: TextIO) -> int:
     hosts = (*arguments.host, *own_hosts())
+    name = next((host for host in hosts if not _is_address(host)), hosts[0])
     pki.init(arguments.name)
-    pki.install(pki.issue(hosts[0], "peer", hosts), pki.read(AUTHORITY) or b"", pki.read(REVOKED) or b"")
-    output.write(f"authority {arguments.name!r} and a certificate for {hosts[0]} are in {pki.directory}\n")
+    pki.install(pki.issue(name, "peer", hosts), pki.read(AUTHORITY) or b"", pki.read(REVOKED) or b"")
+    output.write(f"authority {arguments.name!r} and a certificate for {name} are in {pki.directory}\n")
     return 0
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _issue(arguments: argparse.Namespace, pki: Pki, output: TextIO) -> int:

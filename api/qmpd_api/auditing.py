@@ -16,6 +16,7 @@ from aiohttp import web
 from qmpd.access import Caller, Right
 from qmpd.auditviews import AuditEntry
 from qmpd.journal import timestamp, utc_now
+from qmpd.peerviews import JoinAnswer
 from qmpd.processviews import AdoptRequest
 from qmpd.spec import MachineSpec
 from qmpd.views import TokenRequest
@@ -56,10 +57,10 @@ def identified(request: web.Request, route: Route[Any, Any], caller: Caller) -> 
 
 
 def about(request: web.Request, body: object) -> None:
-    """Notes what a request is about that says so in its body."""
+    """Notes what a request is about that says so in its body, or in that of its answer."""
     if isinstance(body, MachineSpec | AdoptRequest):
         request[_SUBJECT] = (body.name, None)
-    elif isinstance(body, TokenRequest):
+    elif isinstance(body, TokenRequest | JoinAnswer):
         request[_SUBJECT] = (None, body.name)
 
 
@@ -131,7 +132,7 @@ def _note(request: web.Request, status: int, duration_ms: float | None) -> None:
         duration_ms=None if duration_ms is None else round(duration_ms, 3),
     )
     request.app[SERVICE].audit.note(entry)
-    _log.info("request", extra={name: value for name, value in msgspec.structs.asdict(entry).items() if name not in {"at", "lost"}})
+    _log.info("request", extra={name: value for name, value in msgspec.to_builtins(entry).items() if name != "at"})
 
 
 def _stranger(request: web.Request) -> Caller:

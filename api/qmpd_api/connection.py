@@ -155,6 +155,7 @@ class Connection:
         self.session = session
         self._media = MEDIA[wire]
         self._failures = failures
+        self._local = isinstance(session.connector, aiohttp.UnixConnector)
 
     async def call(
         self,
@@ -216,9 +217,9 @@ class Connection:
         try:
             yield
         except aiohttp.ClientConnectorCertificateError as error:
-            raise failures.unreached(f"the daemon at {self.where} is not trusted: {error.certificate_error}", **about) from error
+            raise failures.unreached(f"the daemon at {self.where} is not trusted: {_distrust(error.certificate_error)}", **about) from error
         except aiohttp.ClientConnectorError as error:
-            raise failures.unreached(f"cannot connect to {self.where}: {_reason(error.os_error)}", **about) from error
+            raise failures.unreached(f"cannot connect to {self.where}: {_reason(error.os_error, local=self._local)}", **about) from error
         except aiohttp.ConnectionTimeoutError as error:
             message = f"cannot connect to {self.where}: no answer within {CONNECT_DEADLINE_S:g} s"
             raise failures.unreached(message, **about) from error
@@ -277,7 +278,11 @@ def _error_in(response: aiohttp.ClientResponse, body: bytes) -> ErrorBody:
         return ErrorBody(code=QmpdError.code, message=message)
 
 
-def _reason(error: OSError) -> str:
+def _distrust(error: Exception) -> str:
+    return getattr(error, "verify_message", "") or str(error)
+
+
+def _reason(error: OSError, *, local: bool) -> str:
     if isinstance(error, ssl.SSLError):
         return f"TLS failed ({error.reason or error}); see `qmpd pki check` on both sides"
     if isinstance(error, PermissionError):
@@ -285,5 +290,5 @@ def _reason(error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return f"there is no such socket; {START_HINT}"
     if isinstance(error, ConnectionRefusedError):
-        return f"nobody listens on it; {START_HINT}"
+        return f"nobody listens on it; {START_HINT}" if local else "nobody listens there"
     return error.strerror or str(error)

@@ -17,6 +17,8 @@ from qmpd_api.client import Client
 from qmpd_api.connection import Remote, failures_of_peer
 
 _ROLE: Final = "peer"
+#: The number that OpenSSL has for every failure of its own (SSL_ERROR_SSL).
+_REFUSED: Final = 1
 
 
 class PeerClient(Client):
@@ -46,12 +48,12 @@ class PeerClient(Client):
         try:
             facts = describe_der(certificate)
         except Unreadable as error:
-            raise ssl.SSLCertVerificationError(str(error)) from error
+            raise ssl.SSLCertVerificationError(_REFUSED, str(error)) from error
         self.shown = PeerCertificate(
             name=facts.name, role=facts.role, expires_at=timestamp(facts.not_after.astimezone(UTC)), fingerprint=facts.fingerprint
         )
         if (facts.organization, facts.role, facts.name) != (ORGANIZATION, _ROLE, self._peer.owner):
-            raise ssl.SSLCertVerificationError(f"it is {facts.role}:{facts.name}, not {_ROLE}:{self._peer.owner}")
+            raise ssl.SSLCertVerificationError(_REFUSED, f"it is {facts.role}:{facts.name}, not {_ROLE}:{self._peer.owner}")
 
 
 @asynccontextmanager

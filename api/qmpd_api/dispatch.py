@@ -102,6 +102,7 @@ async def _served(request: web.Request, route: Route[Any, Any], call: Call[Any, 
             if call.caller.address is not None:
                 request.app[PEERS].refused(call.caller.address)
             raise
+    about(request, result)
     document, headers = (result.document, result.headers) if isinstance(result, Reply) else (result, {})
     if document is None:
         return Answer(status=route.status, headers=dict(headers))

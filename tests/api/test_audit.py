@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import pwd
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from qmpd.auditviews import AuditEntry, AuditPage
 from qmpd.errors import Forbidden, Invalid, NotFound, QmpdError, WrongState
 from qmpd.pki import certificates
 from qmpd.pki.directory import Pki
+from qmpd.pki.invitations import invite
+from qmpd.pki.joining import join
 from qmpd.service import Service
 from qmpd.settings import Settings
 from qmpd.spec import MachineSpec
@@ -177,6 +180,18 @@ async def test_who_shows_nothing_or_guesses_is_noted_with_the_address(lab: Lab) 
         (401, "unauthorized", None, LOOPBACK, "/v1/machines")
     ] * 2
     assert "guess" not in await asyncio.to_thread((lab.directory / "d" / "s" / NAME).read_text)
+
+
+async def test_who_joined_is_noted(lab: Lab) -> None:
+    await asyncio.to_thread(host, lab.pki, lab.pki.directory, "a")
+    pki = Pki(lab.directory / "here")
+    await asyncio.to_thread(shutil.copytree, lab.pki.directory, pki.directory)
+    with port() as (listener, _):
+        async with daemon("ca", lab.directory / "j", pki, listener) as made:
+            token = await asyncio.to_thread(lambda: invite(pki, "ada", "viewer", (), minutes=5))
+            await asyncio.to_thread(join, Pki(lab.directory / "ada"), f"https://{LOOPBACK}:{made.port}", token)
+            (entry,) = await entries(made.service)
+    assert (entry.route, entry.status, entry.subject, entry.who, entry.origin) == ("/v1/pki/join", 200, "ada", None, LOOPBACK)
 
 
 async def test_questions_of_peers_are_no_news(lab: Lab) -> None:

@@ -227,6 +227,12 @@ def test_the_command_makes_lists_and_revokes(tmp_path: Path, capsys: pytest.Capt
     assert [line["name"] for line in json.loads(document)] == ["localhost", "hostb", "ada", "ada"]
 
 
+def test_the_first_certificate_is_called_by_a_name_where_there_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, said = run("init", "--host", "10.0.0.1", "--host", "lab.example", directory=tmp_path, capsys=capsys)
+    assert "a certificate for lab.example" in said
+    assert {"10.0.0.1", "lab.example"} <= set(certificates.describe(Pki(tmp_path).read(SERVER[0]) or b"").hosts)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
