@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Final
 
@@ -192,6 +192,22 @@ class Console:
     def _announce(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+@asynccontextmanager
+async def all_connected(consoles: Mapping[int, Console], pipes: Mapping[str, str]) -> AsyncIterator[None]:
+    """The consoles of a machine that runs, connected with its pipes by the names of its serial ports."""
+    async with AsyncExitStack() as stack:
+        for index, console in consoles.items():
+            pipe = pipes.get(f"serial{index}")
+            if pipe is None:
+                continue  # the board may have got another port since the machine was launched
+            try:
+                await stack.enter_async_context(console.connected(pipe))
+            except OSError as error:
+                # The machine runs on, and QEMU goes on logging: only typing is impossible.
+                _logger.warning("console not attached", extra={"path": pipe, "error": str(error)})
+        yield
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 
 import msgspec
@@ -18,7 +18,7 @@ import msgspec
 from qmpd.backlog import QmpEvent
 from qmpd.board import Board
 from qmpd.cgroups import directory_of, leave
-from qmpd.console import Console
+from qmpd.console import Console, all_connected
 from qmpd.diskerrors import found_in, halted_by
 from qmpd.endings import judged, keep
 from qmpd.errors import HostError, LaunchFailed, MonitorUnavailable, QmpdError, WrongState
@@ -225,6 +225,7 @@ class Machine:
             LaunchFailed: QEMU ended before it was ready; the machine is as before and nothing is left.
             HostError: this host could not start a process.
         """
+        await self._over()
         self.require(AT_REST, "start")
         self.exit, self.resets, self.asked_to_end, self.status = None, 0, self.awaited, None
         self.happen(Happening.LAUNCH)
@@ -232,6 +233,7 @@ class Machine:
 
     async def adopt(self, record: LaunchRecord, process: QemuProcess, paths: MachinePaths) -> None:
         """Takes over a process that an earlier daemon launched, and asks it for everything. Returns after the first attempt."""
+        await self._over()
         self.launch = record
         self.happen(Happening.FOUND)
         await self._spawn_task(partial(self._adopt, record, process, paths))
@@ -260,9 +262,12 @@ class Machine:
             self._task.cancel()
             await asyncio.wait([self._task])
 
-    async def _spawn_task(self, work: Work) -> None:
+    async def _over(self) -> None:
+        """Returns when the task of the process before has let go of it. Nothing has changed yet: who waits here may be cancelled."""
         if self._task is not None:
-            await asyncio.wait([self._task])  # it lets go of the process before
+            await asyncio.wait([self._task])
+
+    async def _spawn_task(self, work: Work) -> None:
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[None] = loop.create_future()
         self._began = loop.time()
@@ -322,11 +327,7 @@ class Machine:
     async def _follow(self, session: Session, record: LaunchRecord, conversation: Coroutine[object, object, None]) -> None:
         self._session = session
         self._tell()
-        async with self._placed(session, record), AsyncExitStack() as stack:
-            for index, console in self.consoles.items():
-                path = record.pipes.get(f"serial{index}")
-                if path is not None:  # the board may have got another port since the machine was launched
-                    await self._attach(stack, console, path)
+        async with self._placed(session, record), all_connected(self.consoles, record.pipes):
             try:
                 await conversation
             except LaunchFailed:
@@ -370,13 +371,6 @@ class Machine:
             if self.cgroup is not None and session.process.exit is not None:
                 await asyncio.to_thread(leave, self.cgroup)
             self.cgroup = None
-
-    async def _attach(self, stack: AsyncExitStack, console: Console, path: str) -> None:
-        try:
-            await stack.enter_async_context(console.connected(path))
-        except OSError as error:
-            # The machine runs on, and QEMU goes on logging: only typing is impossible.
-            _log.warning("console not attached", extra={"machine": self.name, "path": path, "error": str(error)})
 
     def _failed(self, error: QmpdError, ready: asyncio.Future[None]) -> None:
         if self.state in AT_REST:
