@@ -50,7 +50,12 @@ async def pair(directory: Path) -> AsyncIterator[tuple[Daemon, Daemon]]:
         for name, (listener, _) in ports.items():
             pki = host(root, directory / name / "pki", name)
             made.append(await stack.enter_async_context(daemon(name, directory / name, pki, listener, peers[name])))
-        yield made[0], made[1]
+        try:
+            yield made[0], made[1]
+        finally:
+            for there in made:  # a test that failed leaves its machines
+                for view in there.service.machines({}, None).machines:
+                    await there.service.kill(view.name)
 
 
 async def ended(there: Daemon, job: JobView) -> JobView:
