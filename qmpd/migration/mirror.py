@@ -1,8 +1,8 @@
 """Disks that are copied while their guest runs: to another host along with its memory, or to another file here.
 
-A disk is copied by a job that follows every write once it has caught up. From then on each write is done twice before the guest hears
-of it, so that nothing is left to copy when the guest is halted; where QEMU can switch (8.2), only from then on, so that the guest's
-writes do not wait for the network all the time.
+A disk is copied by a job that stays behind the guest's writes, and is caught up with when the guest is halted. QEMU could do each write
+twice before the guest hears of it (`write-blocking`), and so keep the guest from running ahead, but 7.2 and 10.0 corrupt their own
+memory when such a copy is given up or fails while a write is under way: a migration that fails would end the guest.
 
 What QEMU waits for when the other end stands still cannot be cancelled, only broken: the end of a copy that is of no use any more begins
 with `yank`.
@@ -23,11 +23,11 @@ from qmpd.migration.addresses import Address, socket_address
 from qmpd.migration.blockjobs import Job, concluded, words
 from qmpd.migration.blockjobs import jobs as current_jobs
 from qmpd.migration.progress import DiskProgress
-from qmpd.migration.qemu import IMPATIENT_S, PREFIX, SINCE_8_2, Qemu, ask_list, execute_or_yank, has_command, yank
+from qmpd.migration.qemu import IMPATIENT_S, PREFIX, Qemu, ask_list, execute_or_yank, yank
 from qmpd.migration.tls import ClientTls
 from qmpd.migration.watch import Watch, watching
 
-#: A copy that is behind and does not move for so long is given up: the guest's writes wait for it.
+#: A copy that is behind and does not move for so long is given up, and one that has not caught up with a halted guest by then.
 STALL_LIMIT_S: Final = 20.0
 #: A job that was told to end, and whose connection was broken, has nothing left to wait for.
 END_LIMIT_S: Final = 60.0
@@ -53,7 +53,6 @@ class Mirrors:
         self._disks = {f"{PREFIX}-{index}": disk for index, disk in enumerate(disks)}
         self._at = at
         self._tls = credentials
-        self._following = False
         self._moved: dict[str, tuple[int, float]] = {}
 
     def __bool__(self) -> bool:
@@ -68,8 +67,6 @@ class Mirrors:
         """
         if self._at is None and self._disks:
             raise MigrationFailed("disks are to be copied, and there is no address to copy them to")
-        switches = await has_command(self._qemu, SINCE_8_2)
-        self._following = not switches
         for name, disk in self._disks.items():
             await self._qemu.execute("blockdev-add", self._target(name, disk), deadline_s=OPEN_DEADLINE_S)
             job: dict[str, object] = {
@@ -79,29 +76,20 @@ class Mirrors:
                 "sync": "top" if disk.top else "full",
                 "auto-dismiss": False,
             }
-            job |= {"copy-mode": "background" if switches else "write-blocking", "speed": bytes_per_s or 0}
+            job |= {"copy-mode": "background", "speed": bytes_per_s or 0}
             await execute_or_yank(self._qemu, "blockdev-mirror", job)
 
     async def until_following(self, watch: Watch) -> tuple[DiskProgress, ...] | None:
-        """Waits for the next news; None when every copy follows every write.
+        """Waits for the next news; None when every copy has caught up with its guest and follows it.
 
         Raises:
             MigrationFailed: a copy failed, or stands still.
         """
         jobs = await self.check()
         if jobs and all(job.status == "ready" for job in jobs.values()):
-            if self._following and not any(job.behind for job in jobs.values()):
-                return None
-            await self._follow()
+            return None
         await watch.wake()
         return self.progress(jobs)
-
-    async def _follow(self) -> None:
-        if self._following:
-            return
-        for name in self._disks:
-            await self._qemu.execute(SINCE_8_2, {"id": name, "type": "mirror", "copy-mode": "write-blocking"})
-        self._following = True
 
     async def check(self) -> dict[str, Job]:
         """The jobs; raises MigrationFailed as `until_following`."""

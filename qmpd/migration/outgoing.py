@@ -105,7 +105,7 @@ class Outgoing:
         await self._mirrors.begin(wanted.bytes_per_s)
 
     async def copy(self, report: Report) -> None:
-        """Copies the disks until the copies follow every write. The destination need not listen for memory before.
+        """Copies the disks until the copies have caught up. The destination need not listen for memory before.
 
         Raises:
             MigrationFailed: a copy failed, or stands still.

@@ -25,7 +25,7 @@ _BITS: Final = 1_000_000 / 8
 
 
 class DiskProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """A disk that is copied; `ready` when the copy follows every write."""
+    """A disk that is copied; `ready` when the copy has caught up and follows the guest."""
 
     node: str
     done_bytes: int

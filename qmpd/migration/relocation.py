@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 from qmpd.errors import MigrationFailed, QemuRefused
 from qmpd.migration.blockjobs import Job, concluded, jobs, words
 from qmpd.migration.progress import DiskProgress
-from qmpd.migration.qemu import Qemu
+from qmpd.migration.qemu import Qemu, has_command, run_state
 from qmpd.migration.watch import Watch, watching
 
 #: The names of the jobs; a disk moves once at a time.
 PREFIX: Final = "qmpd-relocation"
+#: A command since QEMU 10.0, the first for which the change under a guest that writes was seen to be safe.
+_SAFE: Final = "blockdev-set-active"
 #: A copy within the host that does not move for so long: its storage is gone.
 STALL_LIMIT_S: Final = 120.0
 
@@ -54,11 +56,25 @@ async def relocate(
 async def _finish(qemu: Qemu, job: str, node: str, report: Callable[[DiskProgress], Awaitable[None]]) -> None:
     with watching(qemu) as watch:
         await _until_ready(qemu, job, node, watch, report)
-        await qemu.execute("job-complete", {"id": job})
-        ended = await concluded(qemu, job, watch)
+        async with _quiet(qemu):
+            await qemu.execute("job-complete", {"id": job})
+            ended = await concluded(qemu, job, watch)
     if ended is None or ended.error is not None:
         raise MigrationFailed(f"disk {node!r} could not be moved: {words(ended)}", node=node)
     await qemu.execute("job-dismiss", {"id": job})
+
+
+@asynccontextmanager
+async def _quiet(qemu: Qemu) -> AsyncIterator[None]:
+    """Halts the guest for the moment of the change, where QEMU needs that: 7.2 aborts when a write comes in between."""
+    if await has_command(qemu, _SAFE) or await run_state(qemu) != "running":
+        yield
+        return
+    await qemu.execute("stop")
+    try:
+        yield
+    finally:
+        await qemu.execute("cont")
 
 
 async def _until_ready(qemu: Qemu, name: str, node: str, watch: Watch, report: Callable[[DiskProgress], Awaitable[None]]) -> None:
