@@ -244,9 +244,11 @@ async def recall(qemu: Qemu, before: Before) -> None:
     Raises:
         WrongState: a part of the guest is at the destination already (postcopy): there is nothing whole to come back to.
         MigrationFailed: QEMU ended, or does not let go.
+        MonitorUnavailable, QemuDied, QemuSilent: the connection was lost on the way; call it again.
     """
     # Copies are of no use any more, and a guest whose writes wait for one cannot be set going.
-    await yank(qemu)
+    with suppress(QemuError):
+        await yank(qemu)
     with watching(qemu) as watch:
         status = await _asked(watch, qemu)
         if status in POSTCOPY:

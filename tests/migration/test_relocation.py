@@ -46,6 +46,22 @@ async def test_a_disk_moves_to_another_file(writers: Writers) -> None:
     assert seen[-1].done_bytes == seen[-1].total_bytes >= DISK_BYTES // 2
 
 
+async def test_a_disk_moves_again_and_again_under_a_guest_that_always_writes(writers: Writers) -> None:
+    """QEMU 7.2 aborts in one of five changes if the guest is not halted for them."""
+    disk = writers.image()
+    source = await writers.source(disk)
+    node, last = NODE, disk
+    for number in range(15):
+        moved = writers.image(like=disk)
+        following = f"elsewhere{number}"
+        await relocate(source.monitor, node, {**target(moved), "node-name": following}, unseen)
+        await source.monitor.execute("blockdev-del", {"node-name": node})
+        node, last = following, moved
+    await writers.written(source, 4)
+    await source.monitor.execute("stop")
+    writers.check(last, source)
+
+
 async def test_a_move_that_is_given_up_changes_nothing(writers: Writers) -> None:
     disk = writers.image()
     source = await writers.source(disk)
