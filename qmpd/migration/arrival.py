@@ -21,10 +21,11 @@ from qmpd.migration.reception import Reception, remove_made
 from qmpd.record import mark_begun, write_record
 from qmpd.registry import Registry
 from qmpd.storage import mark_finished
-from qmpd.tasks import Tasks
 
 #: A QEMU that has the whole state and does not answer may be busy for a moment; after this the source is told to ask again.
 ANSWER_S: Final = 10.0
+#: A process whose monitor is gone follows at once, if it has ended.
+GONE_S: Final = 1.0
 #: What could not be done is tried again this often.
 AGAIN_S: Final = 1.0
 
@@ -65,14 +66,12 @@ class Endings:
         registry: Registry,
         ledger: Ledger,
         reception: Reception,
-        tasks: Tasks,
         publish: Publish,
         arrivals: dict[str, Arrival],
     ) -> None:
         self._registry = registry
         self._ledger = ledger
         self._reception = reception
-        self._tasks = tasks
         self._publish = publish
         self._arrivals = arrivals
 
@@ -101,10 +100,12 @@ class Endings:
         """Whether QEMU is there and answers. One that has ended is discarded, so that the source can go on with what it still has."""
         machine = arrival.machine
         await machine.until(AT_REST | {State.INCOMING}, ANSWER_S)
-        if machine.state in AT_REST:
+        # Asked, and not only remembered: who takes what died a moment ago owns a machine that is lost, though the source still has it.
+        answers = machine.state is State.INCOMING and await self._reception.answers(machine)
+        if not answers and await machine.until(AT_REST, GONE_S):
             await self._discard_locked(arrival, last_words(machine))
             return False
-        if machine.state is not State.INCOMING:
+        if not answers:
             raise QemuSilent(f"the destination's QEMU is {machine.state}: ask again", state=str(machine.state))
         return True
 
@@ -139,10 +140,16 @@ class Endings:
                 break
         await asyncio.to_thread(self._note_owned, machine)
         await self._ledger.step(entry.id, Step.RUN, reason=arrival.problem)
-        await self.end(arrival)
         self._publish("machine.arrived", machine.name, {"migration": entry.id, "peer": entry.peer, "problem": arrival.problem})
-        before = entry.before.dials if entry.before is not None else None
-        self._tasks.start(self._reception.settle_in(machine, before), f"settle-in:{machine.name}")
+        await self.settle_in(arrival)
+
+    async def settle_in(self, arrival: Arrival) -> None:
+        """Puts an owned machine's QEMU back to what it would be without a migration. Until then the machine is held: the next migration
+        of it would take what this one left for its own."""
+        entry = self._ledger.get(arrival.migration)
+        if arrival.machine.state not in AT_REST:
+            await self._reception.settle_in(arrival.machine, entry.before.dials if entry.before is not None else None)
+        await self.end(arrival)
 
     def _note_owned(self, machine: Machine) -> None:
         mark_finished(self._registry.paths(machine.name).state)

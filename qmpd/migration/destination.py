@@ -74,9 +74,7 @@ class Arrivals:
         self._tasks = tasks
         self._publish = publish
         self._arrivals: dict[str, Arrival] = {}
-        self._endings = Endings(
-            registry=registry, ledger=ledger, reception=reception, tasks=tasks, publish=publish, arrivals=self._arrivals
-        )
+        self._endings = Endings(registry=registry, ledger=ledger, reception=reception, publish=publish, arrivals=self._arrivals)
         #: Offers for which a QEMU is being started.
         self._preparing: set[str] = set()
 
@@ -195,7 +193,8 @@ class Arrivals:
             async with arrival.lock:
                 await self._endings.set_going(arrival)
         elif entry.phase is Phase.ARRIVED:
-            await self._endings.end(arrival)
+            await arrival.machine.until(_FOUND, FOUND_S)
+            await self._endings.settle_in(arrival)
         else:
             await self._endings.discard(arrival, "the daemon of the destination was restarted before the whole state was there")
 

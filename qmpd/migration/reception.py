@@ -157,6 +157,14 @@ class Reception:
             return True
         return status not in {NONE, "setup"}
 
+    async def answers(self, machine: Machine) -> bool:
+        """Whether QEMU is there: it is asked."""
+        try:
+            await run_state(machine.session)
+        except QmpdError:
+            return False
+        return True
+
     async def unpack(self, machine: Machine, handover: Handover) -> None:
         """Puts what came with the hand-over where it belongs, before the guest runs. May be repeated."""
 
@@ -184,11 +192,11 @@ class Reception:
         await machine.until(frozenset({State.RUNNING}), EFFECT_DEADLINE_S)
 
     async def settle_in(self, machine: Machine, before: Dials | None) -> None:
-        """What may happen while the guest runs: QEMU as if it had never migrated, and the network told where the machine is."""
+        """What may happen while the guest runs: the network is told where the machine is, and QEMU is as if it had never migrated."""
         try:
+            await machine.session.execute("announce-self", _ANNOUNCEMENT)
             if before is not None:
                 await incoming.settle(machine.session, before)
-            await machine.session.execute("announce-self", _ANNOUNCEMENT)
             for warning in (await remake(machine.session, machine.definition.spec)).warnings:
                 _log.warning("port is not forwarded", extra={"machine": machine.name, "reason": warning})
                 self._publish("machine.forward-lost", machine.name, {"reason": warning})
