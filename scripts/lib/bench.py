@@ -28,6 +28,7 @@ from scripts.lib import (
     bench_list,
     bench_many,
     bench_memory,
+    bench_migrate,
     bench_plot,
     bench_qmp,
     bench_start,
@@ -51,6 +52,7 @@ SUBJECTS: Final[dict[str, Measurement]] = {
     "memory": bench_memory.measure,
     "console": bench_console.measure,
     "events": bench_events.measure,
+    "migrate": bench_migrate.measure,
 }
 
 

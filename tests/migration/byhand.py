@@ -1,7 +1,7 @@
 """QEMUs that are moved by hand, over raw QMP sockets: what qmpd's moves are held against, and what shows that the onlooker sees.
 
-The recipe is the plainest that is safe: TLS both ways, `return-path`, `pause-before-switchover`, the destination `-S`, and `cont` there
-once the source says `completed`.
+The recipe is the plainest that is safe, with the capabilities and the kind of TLS that qmpd uses: the destination `-S`, and `cont`
+there once the source says `completed`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Final
 
 import msgspec
 
+from qmpd.migration.capabilities import DESTINATION, SOURCE
+from qmpd.migration.tls import PRIORITY
 from qmpd.pki.directory import Pki
 from scripts.lib.bench_floor import ByHand
 from tests.guests.catalogue import Guest
@@ -24,10 +26,6 @@ from tests.migration.network import Network, Station
 
 CREDENTIALS: Final = "tls0"
 ALLOWED: Final = "allowed"
-#: On both sides.
-CAPABILITIES: Final = ("events", "return-path", "validate-uuid", "late-block-activate")
-#: On the source alone.
-SOURCE_CAPABILITIES: Final = ("pause-before-switchover",)
 #: What a status of a migration means that has failed.
 FAILED: Final = frozenset({"failed", "cancelled"})
 
@@ -150,7 +148,7 @@ class Pair:
         rule = {"match": f"O=qmpd,OU=peer,CN={source}", "policy": "allow", "format": "exact"}
         there.call("object-add", {"qom-type": "authz-list", "id": ALLOWED, "policy": "deny", "rules": [rule]})
         there.call("migrate-set-parameters", {"tls-creds": CREDENTIALS, "tls-authz": ALLOWED})
-        there.call("migrate-set-capabilities", _capabilities(*CAPABILITIES))
+        there.call("migrate-set-capabilities", _capabilities(*DESTINATION))
         there.call("migrate-incoming", {"uri": f"tcp:{station.address}:0"})
         answer = there.call("query-migrate")
         assert isinstance(answer, dict)
@@ -160,7 +158,7 @@ class Pair:
         """Moves the whole state to where one listens; returns when the source says that it is `completed`. Raises MoveFailed."""
         here.call("object-add", self._credentials(1 - at, "client"))
         here.call("migrate-set-parameters", {"tls-creds": CREDENTIALS, "tls-hostname": self._trusted.names[at], "max-bandwidth": 1 << 40})
-        here.call("migrate-set-capabilities", _capabilities(*CAPABILITIES, *SOURCE_CAPABILITIES))
+        here.call("migrate-set-capabilities", _capabilities(*SOURCE))
         here.call("migrate", {"uri": f"tcp:{self._network.stations[at].address}:{port}"})
         _until(here, "pre-switchover")
         here.call("migrate-continue", {"state": "pre-switchover"})
@@ -168,7 +166,8 @@ class Pair:
 
     def _credentials(self, at: int, endpoint: str) -> dict[str, object]:
         place = str(self._trusted.directories[at])
-        return {"qom-type": "tls-creds-x509", "id": CREDENTIALS, "dir": place, "endpoint": endpoint, "verify-peer": True}
+        creds = {"qom-type": "tls-creds-x509", "id": CREDENTIALS, "dir": place, "verify-peer": True, "priority": PRIORITY}
+        return {**creds, "endpoint": endpoint}
 
 
 def move(pair: Pair, here: Mover, there: Mover) -> None:

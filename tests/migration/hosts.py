@@ -39,10 +39,12 @@ LOOK_S: Final = 0.005
 class Host:
     """A daemon, its machines, and its place in the network."""
 
-    def __init__(self, name: str, station: Station, daemon: Restartable) -> None:
+    def __init__(self, name: str, station: Station, daemon: Restartable, certificates: Path) -> None:
         self.name = name
+        self.certificates = certificates
         self.station = station
         self.daemon = daemon
+        self._failpoints = ""
 
     @property
     def url(self) -> str:
@@ -52,6 +54,7 @@ class Host:
     async def start(self, failpoints: str = "") -> None:
         """Starts the daemon, with failpoints if they are named, and returns when it answers."""
         quick = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(BYTECODE)}
+        self._failpoints = failpoints
         self.daemon.start(**{VARIABLE: failpoints}, **quick)
         await asyncio.to_thread(self.daemon.wait_answer)
 
@@ -67,6 +70,11 @@ class Host:
         """Another daemon in the place of this one, which is killed if it still runs."""
         await self.kill()
         await self.start(failpoints)
+
+    async def armed(self, failpoints: str) -> None:
+        """A daemon with these failpoints and no others: the one that runs, or another in its place."""
+        if failpoints or self._failpoints or not self.up:
+            await self.restart(failpoints)
 
     def client(self) -> Client:
         """To be used with `async with`."""
@@ -98,10 +106,13 @@ class Host:
         return [one for one in self.daemon.qemus() if one.machine == machine]
 
     def kill_qemu(self, machine: str) -> int:
-        """SIGKILL to a machine's QEMUs; how many there were."""
+        """SIGKILL to a machine's QEMUs; how many there were, once they are gone. Blocks."""
         found = self.qemus(machine)
         for one in found:
             os.kill(one.pid, signal.SIGKILL)
+        end = time.monotonic() + STOPPED_LIMIT_S
+        while set(self.qemus(machine)) & set(found) and time.monotonic() < end:
+            time.sleep(LOOK_S)
         return len(found)
 
     def own(self, machine: str) -> Path:
@@ -172,7 +183,7 @@ async def hosts(count: int = 2, settings: Mapping[str, object] | None = None) ->
             hosted(authority, directory / name, name, station.address)
             own = {"pki_dir": str(directory / name), **_network_settings(station, joined), **(settings or {})}
             daemon = await stack.enter_async_context(restartable(CACHE, own, prefix=f"qh{station.number}-", within=station.within))
-            made.append(Host(name, station, daemon))
+            made.append(Host(name, station, daemon, directory / name))
         shared = directory / "shared"
         shared.mkdir()
         yield Hosts(tuple(made), joined, onlooker, shared)

@@ -1,0 +1,161 @@
+"""A live migration over TLS, with a disk on shared storage, against the same two QEMUs moved by hand over raw sockets.
+
+Both go over the same wire between two network namespaces, under the same certificates. The downtime is read from the clock of the two
+QEMUs (STOP here, RESUME there), by somebody who asks neither a daemon nor whoever drives by hand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import statistics
+import time
+import uuid
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from qmpd.migrationviews import MigrateRequest
+from qmpd.spec import Disk, ImageDisk, Kernel, MachineSpec
+from scripts.lib.bench_daemon import Bench
+from scripts.lib.bench_figures import Row, limited, paired
+from scripts.lib.bench_floor import command_line
+from scripts.lib.progress import say
+from tests.guests.build import build_all
+from tests.migration.byhand import Credentials, Pair, move
+from tests.migration.emulators import PREFIX, emulators, without_diary
+from tests.migration.hosts import Hosts, hosts
+from tests.migration.network import NoNetworks
+
+PAIRS: Final = 15
+TOTAL_BAR: Final = 1.1
+DOWNTIME_BAR_MS: Final = 20.0
+#: Firmware and kernel are done by then, and the machine idle.
+SETTLE_S: Final = 1.0
+DISK_MIB: Final = 64
+QMPD_DISK: Final = "disk-of-qmpd.raw"
+BY_HAND_DISK: Final = "disk-by-hand.raw"
+MIB: Final = 1 << 20
+
+
+class Size(msgspec.Struct, frozen=True, kw_only=True):
+    """How much memory a machine has, and how much of it is not empty."""
+
+    what: str
+    memory_mib: int
+    filled_mib: int
+
+
+SIZES: Final = (
+    Size(what="64 MiB, idle", memory_mib=64, filled_mib=0),
+    Size(what="512 MiB, 384 of them full", memory_mib=512, filled_mib=384),
+)
+
+
+class Move(msgspec.Struct, frozen=True, kw_only=True):
+    """What one move took, in milliseconds: from nothing at the destination to nothing at the source, and the guest's standstill."""
+
+    total: float
+    downtime: float
+
+
+async def measure(bench: Bench) -> list[Row]:
+    """Moves in turn by hand and by qmpd."""
+    try:
+        async with hosts() as world:
+            await world.start()
+            rows = []
+            for size in SIZES:
+                rows += await _measured(bench, world, size)
+            return rows
+    except NoNetworks as reason:
+        say(f"bench: nothing is migrated here: {reason}")
+        return []
+
+
+async def _measured(bench: Bench, world: Hosts, size: Size) -> list[Row]:
+    floor, ours = [], []
+    spec = await asyncio.to_thread(_spec, bench.root, world, size)
+    async with world[0].client() as client:
+        argv = without_diary(await command_line(client, spec))
+        uuid_ = (await client.create(spec, start=True)).uuid
+    world.onlooker.mind(uuid_)
+    await asyncio.sleep(SETTLE_S)
+    for number in range(bench.repeat or PAIRS):
+        floor.append(await asyncio.to_thread(_by_hand, world, argv))
+        ours.append(await _by_qmpd(world, spec.name, uuid_, number % 2))
+        say(
+            f"  pair {number + 1}: by hand {floor[-1].total:.0f} ms with {floor[-1].downtime:.1f} ms of standstill,"
+            f" qmpd {ours[-1].total:.0f} ms with {ours[-1].downtime:.1f} ms"
+        )
+    async with world[(bench.repeat or PAIRS) % 2].client() as client:
+        await client.kill(spec.name)
+        await client.delete(spec.name)
+    return _rows(size, floor, ours)
+
+
+async def _by_qmpd(world: Hosts, name: str, uuid_: str, at: int) -> Move:
+    async with world[at].client() as client:
+        began = datetime.now(UTC)
+        job = await client.migrate(name, MigrateRequest(peer=world[1 - at].name, storage="shared"))
+        # Whoever waits for it looks now and then; when it was over the daemon has written down.
+        job = await client.wait_job(job.id)
+    if job.state != "succeeded" or job.ended_at is None:
+        raise RuntimeError(f"{name} was not moved: {job.error}")
+    total = datetime.fromisoformat(job.ended_at) - began
+    return Move(total=total.total_seconds() * 1e3, downtime=await asyncio.to_thread(world.onlooker.gap, uuid_) * 1e3)
+
+
+def _rows(size: Size, floor: Sequence[Move], ours: Sequence[Move]) -> list[Row]:
+    more = statistics.median(mine.downtime - low.downtime for mine, low in zip(ours, floor, strict=True))
+    totals = paired(
+        "migrate", f"live migration, {size.what}", ours=[one.total for one in ours], floor=[one.total for one in floor], times=TOTAL_BAR
+    )
+    standstill = paired("migrate", f"its downtime, {size.what}", ours=[one.downtime for one in ours], floor=[one.downtime for one in floor])
+    return [
+        totals,
+        standstill,
+        limited("migrate", f"longer than by hand, {size.what}", measured=more, limit=DOWNTIME_BAR_MS, unit="ms", samples=len(ours)),
+    ]
+
+
+def _spec(root: Path, world: Hosts, size: Size) -> MachineSpec:
+    """A machine that sleeps, with a disk both hosts see, and memory that is not all zeroes."""
+    guest = build_all(root / ".cache" / "guests")["x86_64-q35-quiet"]
+    for disk in (world.shared / QMPD_DISK, world.shared / BY_HAND_DISK):
+        with disk.open("wb") as image:
+            image.truncate(DISK_MIB * MIB)
+    filling = None
+    if size.filled_mib:
+        filling = world.shared / f"filling{size.filled_mib}"
+        filling.write_bytes(os.urandom(MIB) * size.filled_mib)
+    disks: tuple[Disk, ...] = (ImageDisk(path=str(world.shared / QMPD_DISK), format="raw"),)
+    kernel = Kernel(image=str(guest.file), initrd=None if filling is None else str(filling), console=False)
+    name = f"moved{size.memory_mib}"
+    return MachineSpec(name=name, board="x86_64-q35", accel="tcg", memory_mib=size.memory_mib, kernel=kernel, disks=disks)
+
+
+def _own(before: str, word: str, name: str) -> str:
+    """The word with what is this machine's own in place of what is qmpd's: its UUID, and its disk."""
+    return name if before == "-uuid" else word.replace(QMPD_DISK, BY_HAND_DISK)
+
+
+def _by_hand(world: Hosts, argv: Sequence[str]) -> Move:
+    name = str(uuid.uuid4())
+    world.onlooker.mind(name)
+    program = emulators().program(Path(argv[0]).name.removeprefix(PREFIX))
+    words = (program, *(_own(before, word, name) for before, word in itertools.pairwise(argv)))
+    trusted = Credentials(directories=(world[0].certificates, world[1].certificates), names=(world[0].name, world[1].name))
+    pair = Pair(words, world.network, trusted)
+    with pair.source() as here:
+        time.sleep(SETTLE_S)
+        began = time.perf_counter()
+        with pair.destination() as there:
+            move(pair, here, there)
+            total = time.perf_counter() - began
+            downtime = world.onlooker.gap(name)
+    return Move(total=total * 1e3, downtime=downtime * 1e3)
