@@ -9,8 +9,7 @@ import contextlib
 import socket
 import ssl
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -74,15 +73,6 @@ def shows(papers: Path | None) -> Visit:
                 pass
 
     return visit
-
-
-@contextmanager
-def silent(address: Address, count: int) -> Iterator[None]:
-    """So many who connect and say nothing, for as long as the block lasts."""
-    with ExitStack() as stack:
-        for _ in range(count):
-            stack.enter_context(socket.create_connection(address, PATIENCE_S))
-        yield
 
 
 def impostors(directory: Path, authority: Pki, peer: str, address: str) -> dict[str, Visit]:

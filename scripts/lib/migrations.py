@@ -1,0 +1,134 @@
+"""Proofs of live migration, on two daemons of their own in two network namespaces (needs root).
+
+matrix   at each failpoint of both daemons one of them dies, a QEMU is killed, or the line between them is cut. A watcher outside of
+         the daemons sees that never two copies run; afterwards one host owns the machine, it lost no byte, and nothing is left.
+soak     machines of many architectures go back and forth under load, a Linux that writes to its disk among them; every tick, byte
+         and block is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from scripts.lib import migration_soak
+from scripts.lib.progress import say
+from scripts.lib.restartable import DaemonFailed
+from tests.guests.build import build_all
+from tests.machines import spec_of
+from tests.migration.crashes import HARMS, PROMISED, Case, Verdict, crossed, said, suffered, survey
+from tests.migration.hosts import hosts
+from tests.migration.network import NoNetworks
+from tests.migration.traveller import Broken
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+#: Boots at once, and costs little.
+GUEST: Final = "x86_64-microvm"
+#: Of each daemon's log, when something was broken.
+LOG_LINES: Final = 60
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a proof and prints what it found; 0 when nothing was broken, 1 when something was."""
+    options = _parser().parse_args(argv)
+    # Whoever ends this ends its daemons and its machines too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return asyncio.run(_matrix(options) if options.proof == "matrix" else _soak(options))
+    except (DaemonFailed, NoNetworks, Broken) as error:
+        sys.stderr.write(f"migrations: {error}\n")
+        return 1
+
+
+async def _matrix(options: argparse.Namespace) -> int:
+    guest = (await asyncio.to_thread(build_all, ROOT / ".cache" / "guests"))[GUEST]
+    verdicts: list[Verdict] = []
+    async with hosts() as world:
+        await world.start()
+        points = await survey(world, spec_of(guest, "survey"), everything=options.everything)
+        chosen = [point for point in points if re.search(options.points, str(point))]
+        say(f"migrations: {len(points)} points on the way, {len(chosen)} of them with {', '.join(options.harms)}")
+        for number, case in enumerate(crossed(chosen, options.harms)):
+            verdicts.append(await suffered(world, spec_of(guest, f"m{number}"), case))
+            _tell(verdicts[-1])
+            if verdicts[-1].broken:
+                say(said(world, LOG_LINES))
+    if options.json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(verdicts), indent=2).decode() + "\n")
+    else:
+        sys.stdout.write(table(verdicts, options.harms))
+    return 1 if any(verdict.broken for verdict in verdicts) else 0
+
+
+def table(verdicts: Sequence[Verdict], harms: Sequence[str]) -> str:
+    """A line for each point, a column for each harm: where the machine was in the end, or BROKEN."""
+    found = {verdict.case: verdict for verdict in verdicts}
+    points = list(dict.fromkeys(verdict.case.point for verdict in verdicts))
+    widths = [max(len(harm), len("running at host0")) for harm in harms]
+    lines = [" " * 44 + "  ".join(harm.ljust(width) for harm, width in zip(harms, widths, strict=True))]
+    for point in points:
+        cells = [_cell(found.get(Case(point=point, harm=harm))) for harm in harms]
+        lines.append(f"{point!s:44}" + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)))
+    broken = [f"BROKEN: {verdict.case}: {what}" for verdict in verdicts for what in verdict.broken]
+    unreached = sum(not verdict.reached for verdict in verdicts)
+    summary = f"{len(verdicts)} cases, {unreached} of which did not come by their point; {len(broken)} broken"
+    return "\n".join([*lines, "", *broken, summary]) + "\n"
+
+
+def _cell(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return ""
+    return "BROKEN" if verdict.broken else verdict.end if verdict.reached else "not reached"
+
+
+def _tell(verdict: Verdict) -> None:
+    say(f"  {'BROKEN' if verdict.broken else 'ok':6} {verdict.case}: {'; '.join(verdict.broken) or verdict.end}")
+
+
+async def _soak(options: argparse.Namespace) -> int:
+    began = time.monotonic()
+    figures = await migration_soak.measure(ROOT, rounds=options.rounds, boards=options.boards, linux=not options.no_linux)
+    if options.json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(figures), indent=2).decode() + "\n")
+    else:
+        lines = [
+            f"{figures.moves} moves of {figures.machines} machines in {time.monotonic() - began:.0f} s",
+            f"{figures.printed} bytes printed, {figures.blocks} blocks written",
+            f"downtime {figures.downtime_median:.0f} ms, at worst {figures.downtime_worst:.0f} ms",
+            f"whole move {figures.total_median:.0f} ms, at worst {figures.total_worst:.0f} ms",
+            *(f"BROKEN: {what}" for what in figures.broken),
+            "nothing was lost" if not figures.broken else f"{len(figures.broken)} broken",
+        ]
+        sys.stdout.write("\n".join(lines) + "\n")
+    return 1 if figures.broken or figures.moves < options.rounds else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="scripts/migrations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    proofs = parser.add_subparsers(dest="proof", required=True, metavar="PROOF")
+    matrix = proofs.add_parser("matrix", help="every crash point")
+    matrix.add_argument("--harms", nargs="+", choices=list(HARMS), default=list(PROMISED), metavar="HARM", help=f"of {', '.join(HARMS)}")
+    matrix.add_argument("--points", default="", metavar="REGEX", help="only points whose name this fits, like 'source ownership'")
+    matrix.add_argument("--everything", action="store_true", help="at all failpoints there are, not those of migrations alone")
+    soak = proofs.add_parser("soak", help="back and forth under load")
+    soak.add_argument("--rounds", type=int, default=200, metavar="N", help="how many moves (default: 200)")
+    soak.add_argument(
+        "--boards", nargs="+", default=list(migration_soak.BOARDS), metavar="BOARD", help="boards of tests/guests whose guests count"
+    )
+    soak.add_argument("--no-linux", action="store_true", help="without the Linux that writes to a disk")
+    for proof in (matrix, soak):
+        proof.add_argument("--json", action="store_true", help="one JSON document instead of text")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

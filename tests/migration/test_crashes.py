@@ -1,0 +1,64 @@
+"""Crash points of a migration that matter most, here; all of them: `scripts/migrations matrix`."""
+
+from __future__ import annotations
+
+import pytest
+
+from scripts.lib import migrations
+from tests.guests.build import Guest
+from tests.machines import spec_of
+from tests.migration.crashes import PROMISED, Case, Point, said, suffered, survey
+from tests.migration.hosts import hosts
+from tests.migration.network import NoNetworks
+
+pytestmark = pytest.mark.qemu
+
+GUEST = "x86_64-microvm"
+#: Around the commits that move the ownership, and in the middle of the way.
+POINTS = (
+    Point(side="source", failpoint="migration-performing-written", number=1),
+    Point(side="source", failpoint="ownership-give", number=1),
+    Point(side="source", failpoint="ownership-given", number=1),
+    Point(side="destination", failpoint="migration-loaded-written", number=1),
+    Point(side="destination", failpoint="ownership-take", number=1),
+    Point(side="destination", failpoint="ownership-taken", number=1),
+)
+#: A case takes seconds; one in which the line is cut for good, half a minute.
+LIMIT_S = 1200
+#: All of them.
+MATRIX_LIMIT_S = 4 * 3600
+
+
+@pytest.mark.timeout(LIMIT_S)
+@pytest.mark.parametrize("harm", PROMISED)
+async def test_a_machine_runs_once_whatever_dies(guests: dict[str, Guest], harm: str) -> None:
+    try:
+        async with hosts() as world:
+            await world.start()
+            for number, point in enumerate(POINTS[1:4:2] if harm == "link-cut" else POINTS):
+                verdict = await suffered(world, spec_of(guests[GUEST], f"m{number}"), Case(point=point, harm=harm))
+                assert not verdict.broken, f"{verdict}\n{said(world, migrations.LOG_LINES)}"
+                assert verdict.reached
+    except NoNetworks as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.timeout(LIMIT_S)
+async def test_the_points_of_a_migration_are_those_of_both_journals(guests: dict[str, Guest]) -> None:
+    try:
+        async with hosts() as world:
+            await world.start()
+            points = await survey(world, spec_of(guests[GUEST], "survey"))
+    except NoNetworks as reason:
+        pytest.skip(str(reason))
+    assert set(POINTS) <= set(points)
+    for side in ("source", "destination"):
+        assert any(point.side == side and point.failpoint == "migration-settled" for point in points)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(MATRIX_LIMIT_S)
+def test_every_crash_point(guests: dict[str, Guest], capsys: pytest.CaptureFixture[str]) -> None:
+    assert guests
+    status = migrations.main(["matrix"])
+    assert status == 0, capsys.readouterr().out
