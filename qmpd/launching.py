@@ -47,25 +47,25 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HeadStart:
-    """A QEMU on its way to the gate while the definition of its machine is being stored. Made by `ahead`."""
+    """A QEMU on its way to the gate while the definition of its machine is being stored. Made by `ahead`. `taken`: it is somebody's."""
 
     def __init__(self, working: asyncio.Task[Gate], records: Sequence[LaunchRecord], undo: Callable[[Gate], None]) -> None:
         self._working = working
         self._records = records
         self._undo = undo
-        self._taken = False
+        self.taken = False
 
     async def gate(self) -> tuple[Gate, LaunchRecord]:
         """The gate and what was recorded of it, for whoever opens it. Raises what went wrong on the way."""
         made = await asyncio.shield(self._working)
-        self._taken = True
+        self.taken = True
         return made, self._records[0]
 
     async def give_up(self) -> None:
         """Waits until the way has ended, and undoes it, unless the gate was taken."""
-        if self._taken:
+        if self.taken:
             return
-        self._taken = True
+        self.taken = True
         await asyncio.wait([self._working])
         if self._working.exception() is None:
             await asyncio.to_thread(self._undo, self._working.result())
@@ -104,7 +104,8 @@ async def ahead(what: Launch, definition: Definition, place: Callable[[], None])
                 working.result()
             yield head
         finally:
-            await undivided(head.give_up(), f"give-up:{name}")
+            if not head.taken:
+                await undivided(head.give_up(), f"give-up:{name}")
 
 
 @asynccontextmanager

@@ -264,7 +264,7 @@ class Machine:
 
     async def _over(self) -> None:
         """Returns when the task of the process before has let go of it. Nothing has changed yet: who waits here may be cancelled."""
-        if self._task is not None:
+        if self._task is not None and not self._task.done():
             await asyncio.wait([self._task])
 
     async def _spawn_task(self, work: Work) -> None:
@@ -272,7 +272,7 @@ class Machine:
         ready: asyncio.Future[None] = loop.create_future()
         self._began = loop.time()
         self._task = loop.create_task(self._run(work, ready), name=f"machine:{self.name}")
-        await asyncio.shield(ready)
+        await ready  # whoever goes away takes nothing along: it is settled for nobody then
 
     async def _run(self, work: Work, ready: asyncio.Future[None]) -> None:
         try:
@@ -310,6 +310,7 @@ class Machine:
                     self.set_status("running")
                     self.happen(Happening.RAN)
                     _settle(ready)  # who waits for the start need not wait for the note
+                    await asyncio.sleep(0)
                     await asyncio.to_thread(mark_begun, record.run_dir)
 
             end = partial(self._end, session, record, launch.state_dir)

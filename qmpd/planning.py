@@ -28,13 +28,12 @@ class Planning:
     async def completed(self, spec: MachineSpec) -> tuple[MachineSpec, Launch]:
         """A definition with everything filled in, and how it would be launched, in one and the same world."""
         named, world = await self._worlds.of(spec, self._registry.paths(spec.name))
-        complete = self._registry.complete(spec, self._planned(spec, named, world).machine)
+        _check(spec, named, world)
+        complete = self._registry.complete(spec, resolve(spec, named, world).machine)
         return complete, self._planned(complete, named, world)
 
     def _planned(self, spec: MachineSpec, named: NamedBoard, world: World) -> Launch:
-        found = problems(spec, named, world)
-        if found:
-            raise invalid(found)
+        _check(spec, named, world)
         return Launch(
             plan=plan(spec, named, world),
             run_dir=world.paths.run,
@@ -46,3 +45,9 @@ class Planning:
             features=world.emulator.features,
             confiner=None if spec.limits == Limits() else self._worlds.confiner,
         )
+
+
+def _check(spec: MachineSpec, named: NamedBoard, world: World) -> None:
+    found = problems(spec, named, world)
+    if found:
+        raise invalid(found)

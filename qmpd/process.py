@@ -82,7 +82,8 @@ class QemuProcess:
 
     async def wait(self) -> ExitStatus:
         """Return how it ended, once it has; for any number of callers. Raises NotOurs if it was closed before."""
-        await asyncio.wait([self.over])
+        if not self.over.done():
+            await asyncio.wait([self.over])
         if self.exit is None:
             raise NotOurs(f"process {self.identity.pid} is not watched any more")
         return self.exit

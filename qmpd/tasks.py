@@ -70,5 +70,6 @@ async def alongside(work: Coroutine[object, object, T], name: str) -> AsyncItera
     try:
         yield task
     finally:
-        task.cancel()
-        await asyncio.wait([task])
+        if not task.done():  # or waiting would take turns of the loop all the same
+            task.cancel()
+            await asyncio.wait([task])
