@@ -153,6 +153,9 @@ def _gated(what: Launch, definition: Definition, records: list[LaunchRecord], ad
         argv = plan.argv(descriptors)
 
         def write(identity: Identity) -> None:
+            # While the gate is being made ready by the kernel: it opens no sooner than all of this is there.
+            for pipe in plan.serial_pipes().values():
+                make_pipe(pipe, what.log_cap_bytes)
             record = _record(what, definition, argv, identity)
             write_record(what.run_dir, record)
             records.append(record)
@@ -201,8 +204,6 @@ def _make_ready(what: Launch) -> None:
         # They were made with the machine. An empty one in place of one that is gone would look like lost data to the guest.
         if not Path(path).exists():
             raise HostError(f"{path} is gone: restore it, or create the machine anew", path=path)
-    for pipe in plan.serial_pipes().values():
-        make_pipe(pipe, what.log_cap_bytes)
 
 
 def make_pipe(pipe: SerialPipe, cap_bytes: int) -> None:
