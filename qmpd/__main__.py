@@ -13,17 +13,18 @@ import pwd
 import signal
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from qmpd import __version__, pkiarguments
+from qmpd.daemon import running
 from qmpd.errors import Invalid, QmpdError
 from qmpd.failpoint import VARIABLE, arm
-from qmpd.heap import importing, share_one_heap
+from qmpd.heap import share_one_heap
 from qmpd.logs import configure
 from qmpd.notify import announced, taken_from
 from qmpd.settings import Settings, SettingsFile, check, config_path, merged, system_defaults, user_defaults
@@ -47,7 +48,6 @@ PLACES: Final = {
 
 _log = logging.getLogger("qmpd")
 Offered = Callable[["Service", Settings, "Trust | None"], AbstractAsyncContextManager[None]]
-Running = Callable[[Settings, Mapping[str, str], "Dial"], AbstractAsyncContextManager["Service"]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,15 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return pkicommand.run(arguments, settings)
     configure(settings.log_format, verbose=arguments.verbose)
     share_one_heap()
-    with ExitStack() as imports:
-        imports.enter_context(importing())
-        from qmpd.daemon import running  # not above: the other commands need not wait for it
-
-        try:
-            asyncio.run(_serve(settings, running, imports))
-        except QmpdError as error:
-            sys.stderr.write(f"qmpd: {error.message}\n")
-            return 1
+    try:
+        asyncio.run(_serve(settings))
+    except QmpdError as error:
+        sys.stderr.write(f"qmpd: {error.message}\n")
+        return 1
     return 0
 
 
@@ -166,9 +162,9 @@ def _no_authorities() -> Iterator[None]:
                 os.environ[name] = value
 
 
-async def _serve(settings: Settings, running: Running, imports: ExitStack) -> None:
+async def _serve(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
-    importing_api = loop.create_task(asyncio.to_thread(_offered), name="import-api")
+    importing = loop.create_task(asyncio.to_thread(_offered), name="import-api")
     ended = asyncio.Event()
     manager = taken_from(os.environ, os.getpid())
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -176,8 +172,7 @@ async def _serve(settings: Settings, running: Running, imports: ExitStack) -> No
     async with AsyncExitStack() as stack:
         service = await stack.enter_async_context(running(settings, os.environ, _dial(settings)))
         trust = await asyncio.to_thread(_trust, settings.pki_dir, service.peering.peers) if settings.listen else None
-        offered = await importing_api
-        imports.close()
+        offered = await importing
         await stack.enter_async_context(offered(service, settings, trust))
         await stack.enter_async_context(announced(manager, f"ready, with {service.version().machines_running} machines running"))
         _log.info("ready", extra={"socket": settings.socket, "version": __version__})

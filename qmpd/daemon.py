@@ -92,7 +92,7 @@ async def running(settings: Settings, environ: Mapping[str, str], dial: Dial = n
         peering = Peering(Peers(settings.peers), dial)
         ledger = await stack.enter_async_context(open_ledger(database))
         migration = Migration(
-            settings=settings, registry=registry, ledger=ledger, peering=peering, jobs=jobs, planner=planning.launch, publish=bus.publish
+            settings=settings, registry=registry, ledger=ledger, peering=peering, jobs=jobs, planning=planning, publish=bus.publish
         )
         service = Service(
             settings=settings,

@@ -124,6 +124,7 @@ CATALOGUE: Final[Mapping[str, Failpoint]] = {
     "peer-ask": Failpoint(before="a request to a peer", error=lambda: PeerUnavailable("the link is down")),
     "peer-answered": Failpoint(before="the answer of a peer being looked at", error=lambda: PeerUnavailable("the link is down")),
     # Another host's machine on its way here.
+    "migration-trial": Failpoint(before="the questions to a QEMU that tries a machine for another host"),
     "migration-log-write": Failpoint(before="bytes of a console's log that arrive being written", error=_FULL),
     "migration-log-renumber": Failpoint(before="the piece of a log that QEMU writes to getting its number", error=_IO),
     "migration-log-relink": Failpoint(before="the link to that piece following", error=_FULL),

@@ -1,11 +1,8 @@
-"""Memory of the daemon: one heap of the C library for all threads, and nothing looked at in vain for what could be freed."""
+"""The C library's heap: one for all threads."""
 
 from __future__ import annotations
 
 import ctypes
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final
 
 #: malloc.h
@@ -22,17 +19,3 @@ def share_one_heap() -> bool:
         return bool(ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1))
     except AttributeError:
         return False
-
-
-@contextmanager
-def importing() -> Iterator[None]:
-    """Does not look for garbage while modules are imported, of which there is none, and never again at what they are made of.
-
-    That takes a tenth of the time a daemon needs until it answers, and milliseconds out of every full collection later on.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from qmpd.access import Caller
 from qmpd.errors import Forbidden, NotFound
-from qmpd.migration.protocol import Acceptance, DiscardRequest, Handover, LoadedRequest, Offer, Standing
+from qmpd.migration.likeness import DestinationFacts
+from qmpd.migration.protocol import Acceptance, DiscardRequest, Handover, Landed, LoadedRequest, Offer, Standing
 from qmpd.peerviews import PeerCertificate, PeerGreeting, RevocationView
 from qmpd.settings import Peer
 
@@ -76,6 +77,12 @@ class PeerDaemon(Protocol):
 
     async def offer(self, offer: Offer) -> Acceptance:
         """Has it get ready for a machine."""
+
+    async def tried(self, offer: Offer) -> DestinationFacts:
+        """What it has for a machine, and what a QEMU with its definition would be made of there. Nothing is left of it there."""
+
+    async def carried(self, freight: bytes) -> Landed:
+        """Bytes that it throws away."""
 
     async def loaded(self, migration: str, request: LoadedRequest) -> Standing:
         """How far it is, when it has the whole state or the time is over."""

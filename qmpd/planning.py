@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from qmpd.board import NamedBoard
 from qmpd.errors import invalid
-from qmpd.facts import World
+from qmpd.facts import MachinePaths, World
 from qmpd.launching import Launch
 from qmpd.plan import plan, resolve
 from qmpd.registry import Registry
 from qmpd.spec import Limits, MachineSpec
 from qmpd.validation import problems
+from qmpd.validation.limits import limits
+from qmpd.validation.subject import Subject
 from qmpd.worlds import Worlds
 
 
@@ -20,10 +22,22 @@ class Planning:
         self._registry = registry
         self._worlds = worlds
 
-    async def launch(self, spec: MachineSpec) -> Launch:
-        """How a definition would be launched. Raises Invalid with all that is wrong with it."""
-        named, world = await self._worlds.of(spec, self._registry.paths(spec.name))
+    async def launch(self, spec: MachineSpec, paths: MachinePaths | None = None) -> Launch:
+        """How a definition would be launched, at the place of its name or at another. Raises Invalid with all that is wrong with it."""
+        named, world = await self._worlds.of(spec, paths or self._registry.paths(spec.name))
         return self._planned(spec, named, world)
+
+    async def limits_unkept(self, spec: MachineSpec) -> dict[str, str]:
+        """Why this host cannot hold a machine to each of its limits that it cannot hold it to; `""`: to none of them.
+
+        Raises:
+            Invalid: the catalogue has no such board, or the host no emulator for it.
+        """
+        if spec.limits == Limits():
+            return {}
+        named, world = await self._worlds.of(spec, self._registry.paths(spec.name))
+        found = limits(Subject(spec=spec, named=named, world=world))
+        return {problem.path.removeprefix("$.limits").lstrip("."): problem.message for problem in found}
 
     async def completed(self, spec: MachineSpec) -> tuple[MachineSpec, Launch]:
         """A definition with everything filled in, and how it would be launched, in one and the same world."""

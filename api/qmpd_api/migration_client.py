@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Final
 
-from qmpd.migration.protocol import Acceptance, DiscardRequest, Handover, LoadedRequest, Offer, Standing
+from qmpd.migration.likeness import DestinationFacts
+from qmpd.migration.protocol import Acceptance, DiscardRequest, Handover, Landed, LoadedRequest, Offer, Standing
 from qmpd.migrationviews import GoalChanges, MigrateRequest, MigrationList, MigrationView, ResolveRequest
 from qmpd.views import JobView
 from qmpd_api.connection import MARGIN_S, PROBE_DEADLINE_S, Connection, segment
@@ -45,6 +46,14 @@ class MigrationVerbs(ABC):
     async def offer(self, offer: Offer) -> Acceptance:
         """Have a peer get ready for a machine."""
         return await self.connection.call("POST", "/v1/peer/migrations", Acceptance, body=offer, deadline_s=OFFER_S)
+
+    async def tried(self, offer: Offer) -> DestinationFacts:
+        """Have a peer try a machine: what it has for it, and what a QEMU with its definition is made of there."""
+        return await self.connection.call("POST", "/v1/peer/trials", DestinationFacts, body=offer, deadline_s=OFFER_S)
+
+    async def carried(self, freight: bytes) -> Landed:
+        """Send a peer bytes that it throws away, to find out how fast the way is."""
+        return await self.connection.call("PUT", "/v1/peer/freight", Landed, body=freight, deadline_s=VERB_S)
 
     async def loaded(self, migration: str, request: LoadedRequest) -> Standing:
         """Wait until the destination has the whole state, or the time of the request is over."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qmpd.migration.protocol import Acceptance, DiscardRequest, Handover, LoadedRequest, Offer, Standing
+from qmpd.migration.likeness import DestinationFacts
+from qmpd.migration.protocol import Acceptance, DiscardRequest, Handover, Landed, LoadedRequest, Offer, Standing
 from qmpd.migrationviews import GoalChanges, MigrateRequest, MigrationList, MigrationView, ResolveRequest
 from qmpd.views import JobView
 from qmpd_api.exchange import Call
@@ -32,6 +33,16 @@ async def resolve_migration(call: Call[ResolveRequest, Query]) -> MigrationView:
 async def offer(call: Call[Offer, Query]) -> Acceptance:
     """Get ready for a peer's machine."""
     return await call.service.migration.offer(call.caller, call.body)
+
+
+async def try_out(call: Call[Offer, Query]) -> DestinationFacts:
+    """Whether a peer's machine could be here."""
+    return await call.service.migration.tried(call.caller, call.body)
+
+
+async def carry(call: Call[bytes, Query]) -> Landed:
+    """Bytes of a peer that measures the way."""
+    return call.service.migration.carried(call.caller, call.body)
 
 
 async def loaded(call: Call[LoadedRequest, Query]) -> Standing:

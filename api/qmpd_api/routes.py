@@ -18,6 +18,7 @@ from qmpd.auditviews import AuditPage
 from qmpd.board import NamedBoard
 from qmpd.errors import QmpdError
 from qmpd.migration import protocol as mp
+from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.parcels import History, HistoryTaken, ItemStanding
 from qmpd.spec import MachineChanges, MachineSpec
 from qmpd_api import downloads, handlers, item_handlers, migration_handlers, streams, trust_handlers
@@ -226,6 +227,11 @@ ROUTES: Final[tuple[Route[Any, Any], ...]] = (
     Route(method="POST", path="/v1/peer/migrations", summary="Get ready for a machine of a peer", right="peer", query=Query,
           handler=migration_handlers.offer, body=mp.Offer, answer=mp.Acceptance, status=201,
           errors=(e.Busy, e.CannotMove, e.AlreadyExists, e.Held, e.Forbidden, e.MigrationFailed, *_START), pool="changes"),
+    Route(method="POST", path="/v1/peer/trials", summary="Whether a machine of a peer could be here; nothing is left of it", right="peer",
+          query=Query, handler=migration_handlers.try_out, body=mp.Offer, answer=DestinationFacts,
+          errors=(e.Busy, e.CannotMove, e.Forbidden, e.HostError, e.NoSpace), pool="waits", kept=False),
+    Route(method="PUT", path="/v1/peer/freight", summary="Bytes that are thrown away, to measure the way", right="peer", query=Query,
+          handler=migration_handlers.carry, takes=BYTES, answer=mp.Landed, errors=(e.Forbidden,), pool="waits", noted=False),
     Route(method="GET", path="/v1/peer/migrations/{id}", summary="How far this host is with a migration", right="peer", query=Query,
           handler=migration_handlers.standing, answer=mp.Standing, errors=(e.NotFound,)),
     Route(method="POST", path="/v1/peer/migrations/{id}/loaded", summary="Wait until a machine's whole state is here", right="peer",

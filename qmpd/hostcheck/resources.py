@@ -35,10 +35,19 @@ def own_cgroup(proc_self_cgroup: str) -> str | None:
     return next((line.removeprefix("0::") for line in proc_self_cgroup.splitlines() if line.startswith("0::")), None)
 
 
+def available_bytes(tree: HostTree) -> int:
+    """What memory can be had without swapping; 0 where nobody says."""
+    return _memory_bytes(tree, "MemAvailable")
+
+
+def _memory_bytes(tree: HostTree, name: str) -> int:
+    found = re.search(rf"^{name}: +(\d+) kB", tree.text("/proc/meminfo"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
 def memory_line(tree: HostTree) -> CheckLine:
     """What memory there is for guests."""
-    kib = {row[1]: int(row[2]) for row in re.finditer(r"^(\w+): +(\d+) kB", tree.text("/proc/meminfo"), re.MULTILINE)}
-    total, available = kib.get("MemTotal", 0) * 1024, kib.get("MemAvailable", 0) * 1024
+    total, available = _memory_bytes(tree, "MemTotal"), available_bytes(tree)
     found = f"{available / 2**30:.1f} GiB available of {total / 2**30:.1f} GiB"
     if available < ENOUGH_MEMORY_BYTES:
         meaning = "Machines will be slowed down by swapping, or ended by the kernel."

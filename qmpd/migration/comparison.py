@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, TypeAlias
 
 import msgspec
 
 from qmpd.migration.discrepancy import discrepancies, found
-from qmpd.migration.likeness import DestinationFacts, FirmwareFile, SourceDisk, SourceFacts, TargetDisk
+from qmpd.migration.likeness import DestinationFacts, FirmwareFile, Obstacle, SourceDisk, SourceFacts, TargetDisk
 from qmpd.migrationviews import MigrationFinding, Severity
 
 MIB: Final = 1024 * 1024
 Check: TypeAlias = Callable[[SourceFacts, DestinationFacts], Iterator[MigrationFinding]]
+#: Where the template of firmware variables is named. A machine that lives has its own, which travel with its state.
+VARIABLES: Final = "firmware.vars"
 _ORDER: Final[dict[Severity, int]] = {"error": 0, "warning": 1, "info": 2}
 
 #: Errors that may be taken upon oneself: if QEMU refuses the state, the guest goes on; if the guest minds, its owner knew.
@@ -34,8 +36,7 @@ _STOPPED_BY_ITSELF: Final = frozenset({"io-error", "internal-error", "guest-pani
 
 def compared(departure: SourceFacts, arrival: DestinationFacts) -> tuple[MigrationFinding, ...]:
     """Everything that speaks against a migration, or is worth knowing before it: errors first."""
-    findings = [finding for check in CHECKS for finding in check(departure, arrival)]
-    return tuple(sorted(findings, key=lambda finding: _ORDER[finding.severity]))
+    return _in_order(finding for check in CHECKS for finding in check(departure, arrival))
 
 
 def possible(findings: tuple[MigrationFinding, ...]) -> bool:
@@ -45,12 +46,16 @@ def possible(findings: tuple[MigrationFinding, ...]) -> bool:
 
 def accepted(findings: tuple[MigrationFinding, ...], codes: tuple[str, ...]) -> tuple[MigrationFinding, ...]:
     """The findings, those errors made warnings that somebody takes upon himself. Only where QEMU or the guest is the judge."""
-    return tuple(
+    return _in_order(
         msgspec.structs.replace(finding, severity="warning")
         if finding.severity == "error" and finding.code in ACCEPTABLE.intersection(codes)
         else finding
         for finding in findings
     )
+
+
+def _in_order(findings: Iterable[MigrationFinding]) -> tuple[MigrationFinding, ...]:
+    return tuple(sorted(findings, key=lambda finding: _ORDER[finding.severity]))
 
 
 def _protocol(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
@@ -99,7 +104,10 @@ def _board(departure: SourceFacts, _arrival: DestinationFacts) -> Iterator[Migra
 
 def _twin(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     if arrival.qemu is None:
-        yield found("error", "cannot-start", f"the destination cannot start this machine: {arrival.problem or 'it does not say why'}")
+        for obstacle in arrival.obstacles or (Obstacle(message="it does not say why"),):
+            message = f"the destination cannot start this machine: {obstacle.message}"
+            mend = "make the destination's host fit, or the definition" if obstacle.path else ""
+            yield found("error", "cannot-start", message, path=obstacle.path, mend=mend)
         return
     yield from discrepancies(departure.qemu, arrival.qemu)
     here, there = departure.qemu.capabilities, arrival.qemu.capabilities
@@ -132,7 +140,7 @@ def _firmware_file(here: FirmwareFile, there: FirmwareFile | None) -> Iterator[M
     elif here.bytes != there.bytes:
         message = f"this file has {here.bytes} bytes, and {there.bytes} at the destination"
         yield found("error", "firmware-size", message, path=path, mend=mend)
-    elif here.sha256 != there.sha256:
+    elif here.sha256 != there.sha256 and here.role != VARIABLES:
         message = "this file is another one at the destination: the guest keeps what it has, and gets the other when it is started again"
         yield found("warning", "firmware-differs", message, path=path, mend=mend)
 
@@ -143,6 +151,9 @@ def _disks(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[Migrat
         path, other = f"$.disks[{disk.index}]", there.get(disk.index)
         if other is None:
             yield found("error", "disk-unknown", "the destination does not say where this disk would be", path=path)
+        elif other.refusal:
+            mend = "say another target path, or name its directory in the destination's setting `pools`"
+            yield found("error", "disk-refused", f"the destination may not use {other.path}: {other.refusal}", path=path, mend=mend)
         else:
             yield from _shared(disk, other, path) if disk.how == "shared" else _copied(disk, other, path)
 
@@ -168,6 +179,8 @@ def _copied(here: SourceDisk, there: TargetDisk, path: str) -> Iterator[Migratio
         return
     if there.exists:
         mend = "remove it, or say another target path"
+        if there.same is None:
+            mend += "; if both hosts see the same file there, say so (--shared-storage)"
         yield found("error", "disk-target-exists", f"there is a file {there.path} at the destination already", path=path, mend=mend)
         if there.bytes is not None and there.bytes < here.bytes:
             yield found("error", "disk-too-small", f"this disk has {here.bytes} bytes, and {there.bytes} at the destination", path=path)
@@ -179,13 +192,17 @@ def _copied(here: SourceDisk, there: TargetDisk, path: str) -> Iterator[Migratio
 def _ports(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     for port in departure.forwards:
         if port in arrival.ports_taken:
-            message = f"port {port.port}/{port.protocol} of {port.address} is taken at the destination"
+            message = (
+                f"port {port.port}/{port.protocol} of {port.address} cannot be had at the destination: it is taken, or not one of its own"
+            )
             yield found("error", "port-taken", message, path="$.nics", mend="free it, or let the system choose (host_port = 0)")
 
 
 def _limits(_departure: SourceFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     for name, reason in sorted(arrival.limits_unkept.items()):
-        yield found("error", "limit-unkept", f"the destination cannot keep this limit: {reason}", path=f"$.limits.{name}")
+        path = f"$.limits.{name}" if name else "$.limits"
+        mend = "`qmpd check` at the destination says what is missing; or take the limit out of the definition"
+        yield found("error", "limit-unkept", f"the destination cannot keep this limit: {reason}", path=path, mend=mend)
 
 
 def _room(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:

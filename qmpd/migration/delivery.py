@@ -11,13 +11,15 @@ from typing import Final, TypeVar
 import msgspec
 
 from qmpd import power
-from qmpd.errors import MigrationFailed, NoSpace, PeerError, QmpdError
+from qmpd.errors import CannotMove, MigrationFailed, NoSpace, PeerError, PeerRefused, QmpdError
 from qmpd.failpoint import passing
 from qmpd.machine import Machine, Publish
+from qmpd.migration.discrepancy import found
 from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.phases import Phase, Step
 from qmpd.migration.protocol import Handover
 from qmpd.migration.shipping import Shipment, Shipping
+from qmpd.migrationviews import MigrationFinding
 from qmpd.peers import PeerDaemon
 from qmpd.registry import Registry
 from qmpd.store import Unknown
@@ -28,6 +30,11 @@ AGAIN_S: Final = 0.5
 LONGEST_AGAIN_S: Final = 10.0
 #: What is not certain, or cannot be done yet, is tried again this often: nothing else may be done with the machine before.
 DOUBT_S: Final = 1.0
+
+#: An offer whose answer was lost is repeated this long; the peer starts a QEMU meanwhile.
+OFFER_DEADLINE_S: Final = 60.0
+#: What a peer answers whose outcome may be another one later: it is busy with the same, or short of something.
+_LATER: Final = frozenset({"too_many_requests", "qemu_silent", "monitor_unavailable", "no_space", "outcome_unknown"})
 
 T = TypeVar("T")
 
@@ -47,6 +54,8 @@ class Departure:
         #: What is under way, while it is; and the goal that it is kept to.
         self.shipment: Shipment | None = None
         self.job: str | None = None
+        #: What was found before it, and did not prevent it.
+        self.findings: tuple[MigrationFinding, ...] = ()
         self._held = ExitStack()
 
     def hold(self) -> None:
@@ -168,6 +177,39 @@ async def asked(question: Callable[[], Awaitable[T]]) -> T:
     answer = await question()
     await passing("peer-answered")
     return answer
+
+
+async def insisted(question: Callable[[], Awaitable[T]]) -> T:
+    """The answer of a peer that is to get ready for a machine, or to try one. An answer that was lost is asked for again.
+
+    Raises:
+        CannotMove: it refuses.
+        PeerError: it does not answer.
+    """
+    loop = asyncio.get_running_loop()
+    until = loop.time() + OFFER_DEADLINE_S
+    while True:
+        try:
+            return await asked(question)
+        except PeerRefused as error:
+            if code_of(error) not in _LATER or loop.time() > until:
+                raise _refusal(error) from error
+        except PeerError:
+            if loop.time() > until:
+                raise
+        await asyncio.sleep(AGAIN_S)
+
+
+def _refusal(error: PeerRefused) -> CannotMove:
+    said = error.details.get("error")
+    details = said.get("details") if isinstance(said, dict) else None
+    problems = details.get("problems") if isinstance(details, dict) else None
+    findings = [
+        msgspec.to_builtins(found("error", "cannot-start", str(problem.get("message")), path=str(problem.get("path", ""))))
+        for problem in (problems if isinstance(problems, list) else [])
+        if isinstance(problem, dict)
+    ]
+    return CannotMove(error.message, peer=error.details.get("peer"), error=said, **({"findings": findings} if findings else {}))
 
 
 async def _waited(decided: asyncio.Event, pause: float) -> float:

@@ -31,13 +31,18 @@ from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine, Publish
 from qmpd.migration.arrival import AGAIN_S, ANSWER_S, Arrival, Endings, last_words
 from qmpd.migration.ledger import Entry, Ledger
+from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.phases import FIRST, UNOWNED, Phase, Step
+from qmpd.migration.premises import Premises
 from qmpd.migration.protocol import VERSION, Acceptance, Handover, Offer, Standing
-from qmpd.migration.reception import Arranged, Planner, Reception, remove_made
+from qmpd.migration.reception import Arranged, Reception, remove_made
+from qmpd.migration.survey import surveyed
 from qmpd.peering import Peering
+from qmpd.planning import Planning
 from qmpd.record import Definition
 from qmpd.registry import Registry
 from qmpd.settings import Peer
+from qmpd.spec import Limits, MachineSpec
 from qmpd.storage import clear_unfinished, make, make_place
 from qmpd.tasks import Tasks, undivided
 
@@ -60,7 +65,8 @@ class Arrivals:
         *,
         registry: Registry,
         ledger: Ledger,
-        planner: Planner,
+        planning: Planning,
+        premises: Premises,
         reception: Reception,
         peering: Peering,
         tasks: Tasks,
@@ -68,7 +74,8 @@ class Arrivals:
     ) -> None:
         self._registry = registry
         self._ledger = ledger
-        self._planner = planner
+        self._planning = planning
+        self._premises = premises
         self._reception = reception
         self._peering = peering
         self._tasks = tasks
@@ -221,13 +228,16 @@ class Arrivals:
             spec = self._registry.complete(msgspec.structs.replace(offer.spec, uuid=offer.uuid), offer.machine)
             await asyncio.to_thread(self._registry.check_vacant, spec.name)
             arranged = await self._reception.arranged(offer, spec)
+            facts = await self._premises.of(msgspec.structs.replace(offer, spec=spec))
             entry = await self._ledger.begin(_first(peer.name, offer, arranged))
-            launch = await self._made_room(entry, arranged)
+            launch = await self._made_room(entry, arranged, facts)
             arrival = self._arrivals[entry.id] = Arrival(entry.id, entry.peer, self._registry.expect(_definition(entry)))
         try:
             await arrival.machine.start(msgspec.structs.replace(launch, plan=launch.plan.awaiting(), paused=True, incoming=entry.id))
             await self._ledger.note(entry.id, before=await self._reception.look(arrival.machine))
-            arrival.acceptance = await self._reception.listen(arrival.machine, offer, arranged, launch, peer)
+            facts = msgspec.structs.replace(facts, qemu=await surveyed(arrival.machine.session))
+            acceptance = await self._reception.listen(arrival.machine, offer, arranged, launch, peer)
+            arrival.acceptance = msgspec.structs.replace(acceptance, facts=facts)
         except BaseException as error:
             await self._endings.discard(arrival, error.message if isinstance(error, QmpdError) else repr(error))
             raise
@@ -235,13 +245,13 @@ class Arrivals:
         self._tasks.start(self._attend(arrival), f"arrival:{entry.machine}")
         return arrival.acceptance
 
-    async def _made_room(self, entry: Entry, arranged: Arranged) -> Launch:
+    async def _made_room(self, entry: Entry, arranged: Arranged, facts: DestinationFacts) -> Launch:
         """Makes the directory and the images, and plans the launch; when that fails nothing is left."""
         state_dir = self._registry.paths(entry.machine).state
         try:
             await asyncio.to_thread(make_place, state_dir)
             await make(arranged.made, ())
-            launch = await self._reception.launch(entry.offer, arranged.spec, self._planner)
+            launch = await self._reception.launch(entry.offer, _unlimited(entry.offer, arranged.spec, facts), self._planning)
             await make(launch.plan.blank_images, launch.plan.copies)
         except BaseException as error:
             await self._ledger.step(entry.id, Step.DISCARD, reason=str(error))
@@ -349,6 +359,11 @@ def _first(peer: str, offer: Offer, arranged: Arranged) -> Entry:
         began_at=moment,
         changed_at=moment,
     )
+
+
+def _unlimited(offer: Offer, spec: MachineSpec, facts: DestinationFacts) -> MachineSpec:
+    """The definition that is launched: without limits that cannot be kept, where somebody took that upon himself."""
+    return msgspec.structs.replace(spec, limits=Limits()) if offer.unlimited and facts.limits_unkept else spec
 
 
 def _definition(entry: Entry) -> Definition:

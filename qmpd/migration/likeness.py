@@ -111,12 +111,15 @@ class SourceDisk(Part, frozen=True, kw_only=True):
 
 
 class TargetDisk(Part, frozen=True, kw_only=True):
-    """What is at the destination where a disk is to be. `same` says whether it is the source's file: None if nobody can tell.
-    `needed_bytes` and `free_bytes` are of the file system it goes to."""
+    """What is at the destination where a disk is to be. `how` is what the destination made of the source's wish. `same` says whether it is
+    the source's file: None if nobody can tell. `refusal`: why this daemon may not use the path. `needed_bytes` (of all disks that go there)
+    and `free_bytes` are of the file system it goes to."""
 
     index: int
     path: str
+    how: Literal["shared", "copy"] = "copy"
     exists: bool
+    refusal: str = ""
     same: bool | None = None
     bytes: int | None = None
     format: str | None = None
@@ -142,13 +145,20 @@ class SourceFacts(Part, frozen=True, kw_only=True):
     postcopy: bool = False
 
 
+class Obstacle(Part, frozen=True, kw_only=True):
+    """Something that keeps the destination from starting a QEMU with the definition; `path` is where in it."""
+
+    path: str = ""
+    message: str
+
+
 class DestinationFacts(Part, frozen=True, kw_only=True):
-    """What the destination found: a QEMU of its own with the same definition, halted, or why there is none (`problem`); what it has no room
-    for or has taken already. `limits_unkept`: limits of the definition it cannot keep, and why."""
+    """What the destination found: a QEMU of its own with the same definition, halted, or why there is none (`obstacles`); what it has no
+    room for or has taken already. `limits_unkept`: limits of the definition it cannot keep, and why (`""`: none of them)."""
 
     protocols: tuple[int, ...]
     qemu: QemuFacts | None = None
-    problem: str = ""
+    obstacles: tuple[Obstacle, ...] = ()
     firmware: tuple[FirmwareFile, ...] = ()
     disks: tuple[TargetDisk, ...] = ()
     ports_taken: tuple[HostPort, ...] = ()

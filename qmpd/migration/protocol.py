@@ -10,6 +10,7 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta
 
+from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.phases import Phase, Role
 from qmpd.spec import DiskFormat, MachineSpec, Path, Text, Word
 from qmpd.viewbase import Request, View
@@ -36,20 +37,22 @@ class FileMark(Request, frozen=True, kw_only=True):
 class DiskOffer(Request, frozen=True, kw_only=True):
     """How disk `index` of the definition goes: on storage that both hosts see (`shared`), or copied while the guest runs.
 
-    `virtual_bytes` is what the guest sees. `mark` is set where the source could look at the file. `path` and `format` are what the
-    destination is to use instead of the source's.
+    `virtual_bytes` is what the guest sees, `used_bytes` what the image has of it, as far as is known. `mark` is set where
+    the source could look at the file. `path` and `format` are what the destination is to use instead of the source's.
     """
 
     index: Annotated[int, Meta(ge=0, le=255)]
     how: Literal["shared", "copy", "auto"]
     virtual_bytes: Bytes
+    used_bytes: Bytes = 0
     mark: FileMark | None = None
     path: Path | None = None
     format: DiskFormat | None = None
 
 
 class Offer(Request, frozen=True, kw_only=True):
-    """A machine that another host offers to hand over. `state` is what it does there now."""
+    """A machine that another host offers to hand over. `state` is what it does there now. `unlimited`: it is taken without its limits where
+    they cannot be kept."""
 
     protocol: int
     id: MigrationId
@@ -66,7 +69,7 @@ class Offer(Request, frozen=True, kw_only=True):
     channels: Annotated[int, Meta(ge=0, le=255)] = 0
     postcopy: bool = False
     tunnel: bool = False
-    trial: bool = False
+    unlimited: bool = False
 
 
 class Endpoint(View, frozen=True, kw_only=True):
@@ -91,7 +94,7 @@ class DiskAccepted(View, frozen=True, kw_only=True):
 
 
 class Acceptance(View, frozen=True, kw_only=True):
-    """The destination's QEMU waits. `endpoint` is None if the data goes through the API."""
+    """The destination's QEMU waits. `endpoint` is None if the data goes through the API. `facts` is what the source compares."""
 
     id: str
     endpoint: Endpoint | None
@@ -100,6 +103,7 @@ class Acceptance(View, frozen=True, kw_only=True):
     postcopy: bool = False
     emulator_version: str
     warnings: tuple[str, ...] = ()
+    facts: DestinationFacts | None = None
 
 
 class ConsoleEnd(Request, frozen=True, kw_only=True):
@@ -128,6 +132,12 @@ class DiscardRequest(Request, frozen=True, kw_only=True):
     """Why the destination shall discard what it has."""
 
     reason: Text = ""
+
+
+class Landed(View, frozen=True, kw_only=True):
+    """How many bytes have come that were sent to find out how fast the way is, and were thrown away."""
+
+    bytes: int
 
 
 class Standing(View, frozen=True, kw_only=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -23,16 +23,18 @@ from qmpd.migration.addresses import TcpAddress, TcpRange
 from qmpd.migration.capabilities import Agreed, Dials
 from qmpd.migration.incoming import STAYS, Listen
 from qmpd.migration.outgoing import Before
+from qmpd.migration.premises import is_shared
 from qmpd.migration.progress import NONE
-from qmpd.migration.protocol import Acceptance, DiskAccepted, DiskOffer, Endpoint, Handover, Offer
+from qmpd.migration.protocol import Acceptance, DiskAccepted, Endpoint, Handover, Offer
 from qmpd.migration.qemu import ask_map, run_state
-from qmpd.migration.shipping import mark_of, node_of
+from qmpd.migration.shipping import node_of
 from qmpd.migration.tls import ServerTls
 from qmpd.plan import BlankImage, without_forwards
 from qmpd.plan.disks import disk_path
+from qmpd.planning import Planning
 from qmpd.power import EFFECT_DEADLINE_S
 from qmpd.settings import Peer, Settings
-from qmpd.spec import BlankDisk, ImageDisk, MachineSpec
+from qmpd.spec import ImageDisk, MachineSpec
 from qmpd.storage import examine
 
 MIB: Final = 1024 * 1024
@@ -43,7 +45,6 @@ LOCK_PATIENCE_S: Final = 10.0
 LOCK_AGAIN_S: Final = 0.05
 
 _log = logging.getLogger(__name__)
-Planner = Callable[[MachineSpec], Awaitable[Launch]]
 
 
 class Arranged(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,14 +74,14 @@ class Reception:
         """
         return await asyncio.to_thread(self._arranged, offer, spec)
 
-    async def launch(self, offer: Offer, spec: MachineSpec, planner: Planner) -> Launch:
+    async def launch(self, offer: Offer, spec: MachineSpec, planning: Planning) -> Launch:
         """How the machine is launched here, to take its state in. Its images must be there.
 
         Raises:
             CannotMove: it would be another machine here.
             Invalid: all that is wrong with its definition on this host.
         """
-        launch = await planner(without_forwards(msgspec.structs.replace(spec, accel=offer.accel)))
+        launch = await planning.launch(without_forwards(msgspec.structs.replace(spec, accel=offer.accel)))
         if launch.machine != offer.machine:
             raise CannotMove(f"the machine is a {offer.machine} there, and would be a {launch.machine} here")
         return launch
@@ -92,7 +93,7 @@ class Reception:
             if wanted.index >= len(disks):
                 raise CannotMove(f"disk {wanted.index} is offered, and the definition has only {len(disks)}")
             disk = disks[wanted.index]
-            if _is_shared(wanted, disk):
+            if is_shared(wanted, disk):
                 accepted.append(DiskAccepted(index=wanted.index, how="shared", path=paths[wanted.index]))
                 continue
             if isinstance(disk, ImageDisk):
@@ -202,16 +203,6 @@ class Reception:
                 self._publish("machine.forward-lost", machine.name, {"reason": warning})
         except QmpdError as error:
             _log.warning("after a migration something was not put back", extra={"machine": machine.name, "error": error.message})
-
-
-def _is_shared(wanted: DiskOffer, disk: ImageDisk | BlankDisk) -> bool:
-    """Whether an image is the same file on both hosts. Who says so must be right where it can be looked at."""
-    if isinstance(disk, BlankDisk):
-        return False
-    if wanted.how != "auto":
-        return wanted.how == "shared"
-    mark = mark_of(disk.path)
-    return mark is not None and mark == wanted.mark
 
 
 def remove_made(paths: tuple[str, ...]) -> None:

@@ -169,7 +169,7 @@ class Shipping:
             channels=request.channels,
             postcopy=request.goal.then == "postcopy",
             tunnel=request.tunnel,
-            trial=request.dry_run,
+            unlimited="limit-unkept" in request.accept,
         )
         return offer, await outgoing.look(machine.session)
 
@@ -187,7 +187,8 @@ class Shipping:
                 DiskOffer(
                     index=index,
                     how="shared" if is_read_only(spec.disks[index]) else how,
-                    virtual_bytes=sizes.get(paths[index], 0),
+                    virtual_bytes=sizes.get(paths[index], (0, 0))[0],
+                    used_bytes=sizes.get(paths[index], (0, 0))[1],
                     mark=mark,
                     path=choice.path if choice is not None else None,
                     format=choice.format if choice is not None else None,
@@ -260,11 +261,11 @@ def mark_of(path: str) -> FileMark | None:
     return FileMark(boot_id=boot_id(), device=status.st_dev, inode=status.st_ino, size=status.st_size)
 
 
-async def _sizes(machine: Machine) -> dict[str, int]:
-    """What the guest sees of each image, by its path."""
-    sizes: dict[str, int] = {}
+async def _sizes(machine: Machine) -> dict[str, tuple[int, int]]:
+    """What the guest sees of each image, and what the image has of it, by its path."""
+    sizes: dict[str, tuple[int, int]] = {}
     for node in await ask_list(machine.session, "query-named-block-nodes", {"flat": True}):
         image = node.get("image")
         if isinstance(image, dict) and node.get("drv") != "file":
-            sizes[str(image.get("filename"))] = int(image.get("virtual-size", 0))
+            sizes[str(image.get("filename"))] = (int(image.get("virtual-size", 0)), int(image.get("actual-size", 0)))
     return sizes

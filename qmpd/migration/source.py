@@ -15,20 +15,21 @@ from typing import Final
 
 import msgspec
 
-from qmpd.errors import CannotMove, MigrationFailed, NoSpace, PeerError, PeerRefused, QmpdError, WrongState
+from qmpd.errors import MigrationFailed, NoSpace, PeerError, QmpdError, WrongState
 from qmpd.failpoint import passing
 from qmpd.jobs import Report
 from qmpd.journal import timestamp, utc_now
 from qmpd.lifecycle import State
 from qmpd.machine import Machine, Publish
 from qmpd.migration.convergence import revised
-from qmpd.migration.delivery import AGAIN_S, DOUBT_S, LONGEST_AGAIN_S, Deliveries, Departure, asked, code_of
+from qmpd.migration.delivery import AGAIN_S, DOUBT_S, LONGEST_AGAIN_S, Deliveries, Departure, asked, code_of, insisted
 from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.outgoing import Before
 from qmpd.migration.phases import FIRST, KEEPABLE, Phase, Step
 from qmpd.migration.protocol import Acceptance, DiscardRequest, LoadedRequest, Offer, Standing
+from qmpd.migration.rehearsal import Rehearsals
 from qmpd.migration.shipping import Shipment, Shipping, moved
-from qmpd.migrationviews import GoalChanges, MigrateRequest, MigrationReport
+from qmpd.migrationviews import DryRunReport, GoalChanges, MigrateRequest, MigrationReport
 from qmpd.peering import Peering
 from qmpd.peers import PeerDaemon
 from qmpd.record import Given
@@ -43,10 +44,6 @@ MOVABLE: Final = frozenset({State.RUNNING, State.PAUSED})
 LOADED_DEADLINE_S: Final = 60.0
 #: A question in which the peer waits for that itself.
 LOADED_WAIT_S: Final = 10.0
-#: An offer whose answer was lost is repeated this long; the peer starts a QEMU meanwhile.
-OFFER_DEADLINE_S: Final = 60.0
-#: What a peer answers whose outcome may be another one later: it is busy with the same, or short of something.
-_LATER: Final = frozenset({"too_many_requests", "qemu_silent", "monitor_unavailable", "no_space", "outcome_unknown"})
 
 _log = logging.getLogger(__name__)
 
@@ -54,11 +51,22 @@ _log = logging.getLogger(__name__)
 class Departures:
     """All machines that go to other hosts."""
 
-    def __init__(self, *, registry: Registry, ledger: Ledger, peering: Peering, shipping: Shipping, tasks: Tasks, publish: Publish) -> None:
+    def __init__(
+        self,
+        *,
+        registry: Registry,
+        ledger: Ledger,
+        peering: Peering,
+        shipping: Shipping,
+        rehearsals: Rehearsals,
+        tasks: Tasks,
+        publish: Publish,
+    ) -> None:
         self._registry = registry
         self._ledger = ledger
         self._peering = peering
         self._shipping = shipping
+        self._rehearsals = rehearsals
         self._tasks = tasks
         self._publish = publish
         self._departures: dict[str, Departure] = {}
@@ -74,7 +82,7 @@ class Departures:
         Raises:
             NotFound, Forbidden: there is no such peer, or it may not receive machines.
             WrongState, Held: the machine cannot be moved now.
-            CannotMove: the peer does not take it.
+            CannotMove: the peer does not take it, or both sides are not alike enough.
             MigrationFailed, PeerError: it did not get there, and is here as it was.
         """
         peer = self._peering.peers.receiver(request.peer)
@@ -107,8 +115,19 @@ class Departures:
             transferred_bytes=figures.transferred_bytes,
             passes=figures.passes,
             tuned=tuple(shipment.tuner.tuned),
+            findings=departure.findings,
             disks=moved(accepted, shipment.last_copied),
         )
+
+    async def rehearse(self, machine: Machine, request: MigrateRequest, report: Report) -> DryRunReport:
+        """Whether a machine could be moved, and what that would take. Changes nothing, on either side.
+
+        Raises:
+            NotFound, Forbidden: there is no such peer, or it may not receive machines.
+            CannotMove, PeerError: the peer does not try it, or does not answer.
+        """
+        async with self._peering.dial(self._peering.peers.receiver(request.peer)) as link:
+            return await self._rehearsals.rehearse(machine, request, link, report)
 
     async def tune(self, machine: Machine, changes: GoalChanges) -> str:
         """Gives a migration that is under way another goal; its id.
@@ -211,7 +230,9 @@ class Departures:
         """Everything up to the commit that gives the machine away. If it fails before, the machine is here as it was."""
         machine, migration = departure.machine, departure.migration
         try:
-            accepted = await self._accepted(link, self._ledger.get(migration).offer)
+            offer = self._ledger.get(migration).offer
+            accepted = await insisted(lambda: link.offer(offer))
+            departure.findings = await self._rehearsals.checked(machine, request, offer, accepted.facts)
             entry = await self._ledger.step(migration, Step.ACCEPTED)
             async with self._shipping.shipment(machine, entry, accepted, peer, request.goal, report) as shipment:
                 departure.shipment = shipment
@@ -226,23 +247,6 @@ class Departures:
                 await undivided(self._keep(departure, _words(error)), f"keep:{machine.name}")
             raise
         return accepted, shipment
-
-    async def _accepted(self, link: PeerDaemon, offer: Offer) -> Acceptance:
-        """The peer's consent. An answer that was lost is asked for again."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + OFFER_DEADLINE_S
-        while True:
-            try:
-                accepted = await asked(lambda: link.offer(offer))
-            except PeerRefused as error:
-                if code_of(error) not in _LATER or loop.time() > until:
-                    raise _refusal(error) from error
-            except PeerError:
-                if loop.time() > until:
-                    raise
-            else:
-                return accepted
-            await asyncio.sleep(AGAIN_S)
 
     async def _loaded(self, link: PeerDaemon, migration: str) -> None:
         """Returns when the destination says that it holds the whole state."""
@@ -342,11 +346,6 @@ def _first(offer: Offer, before: Before, peer: str) -> Entry:
         began_at=moment,
         changed_at=moment,
     )
-
-
-def _refusal(error: PeerRefused) -> CannotMove:
-    said = error.details.get("error")
-    return CannotMove(error.message, peer=error.details.get("peer"), error=said)
 
 
 def _words(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -10,14 +11,20 @@ from qmpd.errors import NotFound, Problem, WrongState, invalid
 from qmpd.jobs import Jobs
 from qmpd.machine import Publish
 from qmpd.migration.destination import Arrivals
+from qmpd.migration.fingerprints import Fingerprints
 from qmpd.migration.ledger import Entry, Ledger
+from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.phases import ENDED, KEEPABLE, Phase
-from qmpd.migration.protocol import Acceptance, DiscardRequest, Handover, LoadedRequest, Offer, Standing
-from qmpd.migration.reception import Planner, Reception
+from qmpd.migration.premises import Premises
+from qmpd.migration.protocol import Acceptance, DiscardRequest, Handover, Landed, LoadedRequest, Offer, Standing
+from qmpd.migration.reception import Reception
+from qmpd.migration.rehearsal import Rehearsals
 from qmpd.migration.shipping import Shipping
 from qmpd.migration.source import MOVABLE, Departures
+from qmpd.migration.trial import Trials
 from qmpd.migrationviews import GoalChanges, MigrateRequest, MigrationList, MigrationView, Owner, ResolveRequest
 from qmpd.peering import Peering
+from qmpd.planning import Planning
 from qmpd.registry import Registry
 from qmpd.settings import Settings
 from qmpd.tasks import Tasks
@@ -43,17 +50,21 @@ class Migration:
     """What `Service` answers with, one method for each verb."""
 
     def __init__(
-        self, *, settings: Settings, registry: Registry, ledger: Ledger, peering: Peering, jobs: Jobs, planner: Planner, publish: Publish
+        self, *, settings: Settings, registry: Registry, ledger: Ledger, peering: Peering, jobs: Jobs, planning: Planning, publish: Publish
     ) -> None:
         self._registry = registry
         self._ledger = ledger
         self._peering = peering
         self._jobs = jobs
         self._tasks = Tasks()
+        fingerprints, shipping = Fingerprints(settings.pools), Shipping(settings.pki_dir, registry.paths)
+        premises = Premises(settings, registry, planning, fingerprints)
+        self._trials = Trials(planning, premises, settings.run_dir)
         self._arrivals = Arrivals(
             registry=registry,
             ledger=ledger,
-            planner=planner,
+            planning=planning,
+            premises=premises,
             reception=Reception(settings, registry.paths, publish),
             peering=peering,
             tasks=self._tasks,
@@ -63,7 +74,8 @@ class Migration:
             registry=registry,
             ledger=ledger,
             peering=peering,
-            shipping=Shipping(settings.pki_dir, registry.paths),
+            shipping=shipping,
+            rehearsals=Rehearsals(shipping, fingerprints),
             tasks=self._tasks,
             publish=publish,
         )
@@ -71,7 +83,7 @@ class Migration:
     # For people.
 
     async def migrate(self, name: str, request: MigrateRequest) -> JobView:
-        """Moves a machine to a peer, as a job.
+        """Moves a machine to a peer, as a job; or finds out what that would take.
 
         Raises:
             NotFound, Forbidden: there is no such peer, or it may not receive machines.
@@ -81,7 +93,9 @@ class Migration:
         self._peering.peers.receiver(request.peer)
         machine.definition.check_owned()
         machine.require(MOVABLE, "migrate")
-        return await self._jobs.begin_reporting("migrate", name, lambda report: self._departures.migrate(machine, request, report))
+        work = self._departures.rehearse if request.dry_run else self._departures.migrate
+        kind = "migrate-dry-run" if request.dry_run else "migrate"
+        return await self._jobs.begin_reporting(kind, name, lambda report: work(machine, request, report))
 
     def list(self, machine: str | None = None) -> MigrationList:
         """The migrations to and from this host, newest first."""
@@ -125,6 +139,15 @@ class Migration:
         """Gets ready for a machine of a peer that may send some."""
         return await self._arrivals.offer(self._peering.peers.sender(caller), offer)
 
+    async def tried(self, caller: Caller, offer: Offer) -> DestinationFacts:
+        """Tries a machine of a peer that may send some: what this host has for it, and what its QEMU would be made of here."""
+        return await self._trials.tried(self._peering.peers.sender(caller), offer)
+
+    def carried(self, caller: Caller, freight: bytes) -> Landed:
+        """Throws away what a peer sends that may send machines, and measures the way."""
+        self._peering.peers.sender(caller)
+        return Landed(bytes=len(freight))
+
     async def loaded(self, caller: Caller, migration: str, request: LoadedRequest) -> Standing:
         """How far a machine of the peer's is, as soon as it is here as a whole or the time is over."""
         return await self._arrivals.loaded(self._peering.peers.asking(caller).name, migration, request.timeout_s)
@@ -155,6 +178,7 @@ class Migration:
     @asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:
         """Goes on with what an earlier daemon began. At the end everything is left where it stands, for the next one."""
+        await asyncio.to_thread(self._trials.sweep)
         self._departures.go_on()
         self._arrivals.go_on()
         try:

@@ -73,6 +73,11 @@ class LaunchPlan(Facts, frozen=True, kw_only=True):
         """The same machine, waiting for the state that a migration will bring."""
         return msgspec.structs.replace(self, options=(*self.options, Option("incoming", "defer")))
 
+    def detached(self) -> LaunchPlan:
+        """The same machine with nothing at the other end of its monitors and serial ports: it needs no sockets and no pipes."""
+        options = (option if isinstance(option, Option) else Option("chardev", f"null,id={option.id}") for option in self.options)
+        return msgspec.structs.replace(self, options=tuple(options))
+
     def listeners(self) -> dict[str, str]:
         """The sockets to bind, by id, and their paths."""
         return {option.id: option.path for option in self.options if isinstance(option, Listening)}

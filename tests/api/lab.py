@@ -67,23 +67,29 @@ def peer(name: str, port: int, **grants: bool) -> Peer:
     return msgspec.structs.replace(Peer(name=name, url=f"https://{LOOPBACK}:{port}"), **grants)
 
 
-def settings(directory: Path, pki: Pki, peers: Sequence[Peer]) -> Settings:
+def settings(directory: Path, pki: Pki, peers: Sequence[Peer], emulators: Sequence[str] = ()) -> Settings:
     """Those of a daemon that has nothing but its own directory."""
     defaults = user_defaults("tester", str(directory), {})
     places = {"socket": f"{directory}/api.sock", "state_dir": f"{directory}/s", "run_dir": f"{directory}/r", "cache_dir": str(CACHE)}
-    return msgspec.structs.replace(defaults, **places, pki_dir=str(pki.directory), peers=tuple(peers))
+    return msgspec.structs.replace(defaults, **places, pki_dir=str(pki.directory), peers=tuple(peers), emulators=tuple(emulators))
 
 
 @asynccontextmanager
 async def daemon(
-    name: str, directory: Path, pki: Pki, listener: socket.socket, peers: Sequence[Peer] = (), limits: Limits | None = None
+    name: str,
+    directory: Path,
+    pki: Pki,
+    listener: socket.socket,
+    peers: Sequence[Peer] = (),
+    limits: Limits | None = None,
+    emulators: Sequence[str] = (),
 ) -> AsyncIterator[Daemon]:
     """A daemon that answers over TLS on `listener`."""
 
     def dial(there: Peer) -> AbstractAsyncContextManager[PeerClient]:
         return dialled(there, str(pki.directory))
 
-    async with running(settings(directory, pki, peers), {}, dial) as service:
+    async with running(settings(directory, pki, peers, emulators), {}, dial) as service:
         trust = await asyncio.to_thread(loaded, str(pki.directory), service.peering.peers)
         app = create(service, limits or Limits(shutdown_s=0.1), names=trust.names)
         app[TRUST] = trust

@@ -21,6 +21,7 @@ from qmpd.migration.likeness import (
     DriveFacts,
     FirmwareFile,
     HostPort,
+    Obstacle,
     PciFacts,
     QemuFacts,
     RamBlock,
@@ -253,7 +254,7 @@ def test_what_keeps_a_machine_at_its_source_is_found(case: str) -> None:
 OTHER_DESTINATION: Final[dict[str, tuple[DestinationFacts, list[Found]]]] = {
     "protocol": (replace(ARRIVAL, protocols=(2, 3)), [("error", "protocol-differs")]),
     "no protocol": (replace(ARRIVAL, protocols=()), [("error", "protocol-differs")]),
-    "no start": (replace(ARRIVAL, qemu=None, problem="no such file"), [("error", "cannot-start")]),
+    "no start": (replace(ARRIVAL, qemu=None, obstacles=(Obstacle(message="a"), Obstacle(message="b"))), [("error", "cannot-start")] * 2),
     "no start, no word": (replace(ARRIVAL, qemu=None), [("error", "cannot-start")]),
     "name": (replace(ARRIVAL, name_taken=True), [("error", "name-taken")]),
     "uuid": (replace(ARRIVAL, uuid_taken_by="db"), [("error", "uuid-taken")]),

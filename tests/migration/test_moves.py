@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -40,16 +40,17 @@ def counting(guests: dict[str, Guest], short_directory: Path) -> Guest:
 
 
 @asynccontextmanager
-async def pair(directory: Path) -> AsyncIterator[tuple[Daemon, Daemon]]:
-    """Two daemons that are each other's peers."""
+async def pair(directory: Path, emulators: Mapping[str, str] | None = None, **grants: bool) -> AsyncIterator[tuple[Daemon, Daemon]]:
+    """Two daemons, `a` and `b`, that are each other's peers; `grants` is what b lets a do. They may have emulators of their own."""
     root = authority(directory / "ca")
     async with AsyncExitStack() as stack:
         ports = {name: stack.enter_context(port()) for name in ("a", "b")}
-        peers: dict[str, tuple[Peer, ...]] = {"a": (peer("b", ports["b"][1]),), "b": (peer("a", ports["a"][1]),)}
+        peers: dict[str, tuple[Peer, ...]] = {"a": (peer("b", ports["b"][1]),), "b": (peer("a", ports["a"][1], **grants),)}
         made = []
         for name, (listener, _) in ports.items():
             pki = host(root, directory / name / "pki", name)
-            made.append(await stack.enter_async_context(daemon(name, directory / name, pki, listener, peers[name])))
+            own = [emulators[name]] if emulators is not None else []
+            made.append(await stack.enter_async_context(daemon(name, directory / name, pki, listener, peers[name], emulators=own)))
         try:
             yield made[0], made[1]
         finally:

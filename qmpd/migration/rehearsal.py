@@ -1,0 +1,162 @@
+"""Whether a machine can go where it is to go, found out at its source: the facts of both sides, compared, and what it would take.
+
+Nothing of the machine is changed by it: its QEMU is asked, and compares samples of its memory for a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from typing import Final
+
+import msgspec
+
+from qmpd.errors import CannotMove, PeerError
+from qmpd.jobs import Report
+from qmpd.lifecycle import State
+from qmpd.machine import Machine
+from qmpd.migration.comparison import accepted, compared, possible
+from qmpd.migration.delivery import insisted
+from qmpd.migration.fingerprints import Fingerprints
+from qmpd.migration.likeness import DestinationFacts, SourceDisk, SourceFacts
+from qmpd.migration.prediction import predicted
+from qmpd.migration.premises import forwarded, needed_bytes
+from qmpd.migration.protocol import VERSION, Offer
+from qmpd.migration.shipping import Shipping
+from qmpd.migration.survey import dirty_mib_s, surveyed
+from qmpd.migrationviews import DryRunReport, MigrateRequest, MigrationFinding, Prediction
+from qmpd.peers import PeerDaemon
+from qmpd.tasks import alongside
+from qmpd.views import Progress
+
+MIB: Final = 1024 * 1024
+#: Long enough to get past the slow beginning of a connection, short enough to disturb nobody.
+MEASURED_S: Final = 0.5
+MOST_MEASURED_BYTES: Final = 32 * MIB
+#: Requests under way at a time, because each waits for its answer: together they fill a way of some delay.
+SENDERS: Final = 4
+#: What one request carries: half of what a body may have. Before that each sender makes its connection, which is not measured.
+_FREIGHT: Final = bytes(512 * 1024)
+_FIRST: Final = bytes(1024)
+
+
+class Rehearsals:
+    """Compares the machines of one host with what others have for them."""
+
+    def __init__(self, shipping: Shipping, fingerprints: Fingerprints) -> None:
+        self._shipping = shipping
+        self._fingerprints = fingerprints
+
+    async def rehearse(self, machine: Machine, request: MigrateRequest, link: PeerDaemon, report: Report) -> DryRunReport:
+        """Has the peer try the machine, and says what came of that.
+
+        Raises:
+            CannotMove: a machine of this kind cannot be moved, or the peer does not try it.
+            PeerError: the peer does not answer.
+        """
+        await report(Progress(phase="the destination tries it"))
+        offer, _ = await self._shipping.offer(machine, request, secrets.token_hex(8))
+        async with alongside(_changing_mib_s(machine), f"dirty-rate:{machine.name}") as changing:
+            there = await insisted(lambda: link.tried(offer))
+            here = await self._facts(machine, offer, there)
+            await report(Progress(phase="the way is measured"))
+            prediction = await _predicted(link, request, here, there, offer, changing)
+        findings = accepted(compared(here, there), request.accept)
+        return DryRunReport(
+            machine=machine.name,
+            peer=request.peer,
+            possible=possible(findings),
+            findings=findings,
+            prediction=prediction,
+        )
+
+    async def checked(
+        self, machine: Machine, request: MigrateRequest, offer: Offer, there: DestinationFacts | None
+    ) -> tuple[MigrationFinding, ...]:
+        """What is worth knowing of a machine whose QEMU at the destination waits for it.
+
+        Raises:
+            CannotMove: something is in the way that nobody took upon himself.
+        """
+        if there is None:
+            raise CannotMove("the destination does not say what it has for the machine")
+        findings = accepted(compared(await self._facts(machine, offer, there), there), request.accept)
+        if not possible(findings):
+            errors = [finding.message for finding in findings if finding.severity == "error"]
+            more = f", and {len(errors) - 1} more" if len(errors) > 1 else ""
+            raise CannotMove(f"machine {machine.name!r} cannot be moved: {errors[0]}{more}", findings=msgspec.to_builtins(findings))
+        return findings
+
+    async def _facts(self, machine: Machine, offer: Offer, there: DestinationFacts) -> SourceFacts:
+        spec, how = offer.spec, {disk.index: disk.how for disk in there.disks}
+        return SourceFacts(
+            name=spec.name,
+            uuid=offer.uuid,
+            macs=tuple(nic.mac for nic in spec.nics if nic.mac is not None),
+            works=machine.board.migration if machine.board is not None else "untested",
+            alias=machine.definition.spec.machine or "",
+            protocol=VERSION,
+            qemu=await surveyed(machine.session),
+            firmware=await asyncio.to_thread(self._fingerprints.of, spec),
+            disks=tuple(
+                SourceDisk(
+                    index=wanted.index,
+                    how=how.get(wanted.index, "copy"),
+                    format=spec.disks[wanted.index].format,
+                    bytes=wanted.virtual_bytes,
+                )
+                for wanted in offer.disks
+            ),
+            forwards=forwarded(spec),
+            channels=offer.channels,
+            postcopy=offer.postcopy,
+        )
+
+
+async def _changing_mib_s(machine: Machine) -> float | None:
+    """How much memory the guest changes per second; a guest that stands still changes none."""
+    return 0.0 if machine.state is State.PAUSED else await dirty_mib_s(machine.session)
+
+
+async def _predicted(
+    link: PeerDaemon,
+    request: MigrateRequest,
+    here: SourceFacts,
+    there: DestinationFacts,
+    offer: Offer,
+    changing: asyncio.Task[float | None],
+) -> Prediction | None:
+    """What it would take; None where the way could not be measured."""
+    dirty = await changing
+    try:
+        speed = await way_mib_s(link)
+    except PeerError:
+        return None
+    copied = {disk.index for disk in there.disks if disk.how == "copy"}
+    return predicted(
+        memory_bytes=here.qemu.memory_bytes,
+        disk_bytes=sum(needed_bytes(wanted) for wanted in offer.disks if wanted.index in copied),
+        bandwidth_mib_s=speed,
+        dirty_mib_s=dirty,
+        goal=request.goal,
+    )
+
+
+async def way_mib_s(link: PeerDaemon) -> float:
+    """How fast bytes get to a peer through the API, which is encrypted as a migration is. QEMU may be faster, and is hardly slower.
+
+    Raises:
+        PeerError: the peer does not answer.
+    """
+    await asyncio.gather(*(link.carried(_FIRST) for _ in range(SENDERS)))
+    loop = asyncio.get_running_loop()
+    began, sent = loop.time(), 0
+
+    async def send() -> None:
+        nonlocal sent
+        while sent < MOST_MEASURED_BYTES and loop.time() - began < MEASURED_S:
+            sent += len(_FREIGHT)
+            await link.carried(_FREIGHT)
+
+    await asyncio.gather(*(send() for _ in range(SENDERS)))
+    return sent / MIB / (loop.time() - began)
