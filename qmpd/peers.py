@@ -9,7 +9,7 @@ from typing import Protocol
 from qmpd.access import Caller
 from qmpd.errors import Forbidden, NotFound
 from qmpd.migration.likeness import DestinationFacts
-from qmpd.migration.protocol import Acceptance, DiscardRequest, Handover, Landed, LoadedRequest, Offer, Standing
+from qmpd.migration.protocol import Acceptance, DiscardRequest, Endpoint, Handover, Landed, LoadedRequest, Offer, Standing
 from qmpd.peerviews import PeerCertificate, PeerGreeting, RevocationView
 from qmpd.settings import Peer
 
@@ -89,6 +89,9 @@ class PeerDaemon(Protocol):
 
     async def take(self, migration: str, handover: Handover) -> Standing:
         """Tells it that it owns the machine."""
+
+    async def recover(self, migration: str) -> Endpoint:
+        """Has it listen again for memory that follows a guest there."""
 
     async def discard(self, migration: str, request: DiscardRequest) -> Standing:
         """Tells it that it will never own the machine by this migration."""

@@ -17,7 +17,7 @@ from qmpd.board import NamedBoard
 from qmpd.bus import Bus
 from qmpd.console import Console, port_of
 from qmpd.creation import can_hurry, created, hurried
-from qmpd.errors import NotYet, Problem, RevisionRequired, invalid
+from qmpd.errors import Held, NotYet, Problem, RevisionRequired, invalid
 from qmpd.expecting import expect
 from qmpd.hostshutdown import HostShutdown
 from qmpd.inventory import Inventory
@@ -206,8 +206,10 @@ class Service:
         return machine.view()
 
     async def update(self, name: str, changes: MachineChanges, revision: int) -> MachineView:
-        """Changes of a definition what no QEMU knows of, in any state of the machine."""
+        """Changes of a definition what no QEMU knows of, in any state of the machine. Raises Held while it moves to another host."""
         machine = self._registry.get(name)
+        if machine.operation == "migrate":
+            raise Held(f"machine {name!r} is held by 'migrate'", holder="migrate", state=str(machine.state))
         await self._registry.update(machine, changed(machine.definition.spec, changes), revision)
         return machine.view()
 

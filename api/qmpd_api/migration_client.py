@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Final
 
 from qmpd.migration.likeness import DestinationFacts
-from qmpd.migration.protocol import Acceptance, DiscardRequest, Handover, Landed, LoadedRequest, Offer, Standing
+from qmpd.migration.protocol import Acceptance, DiscardRequest, Endpoint, Handover, Landed, LoadedRequest, Offer, RecoverRequest, Standing
 from qmpd.migrationviews import GoalChanges, MigrateRequest, MigrationList, MigrationView, ResolveRequest
 from qmpd.views import JobView
 from qmpd_api.connection import MARGIN_S, PROBE_DEADLINE_S, Connection, segment
@@ -64,6 +64,11 @@ class MigrationVerbs(ABC):
         """Tell the destination that it is the owner."""
         path = f"/v1/peer/migrations/{segment(migration)}/take"
         return await self.connection.call("POST", path, Standing, body=handover, deadline_s=VERB_S)
+
+    async def recover(self, migration: str) -> Endpoint:
+        """Have the destination listen again for memory that follows a guest there."""
+        path = f"/v1/peer/migrations/{segment(migration)}/recover"
+        return await self.connection.call("POST", path, Endpoint, body=RecoverRequest(), deadline_s=VERB_S)
 
     async def discard(self, migration: str, request: DiscardRequest) -> Standing:
         """Tell the destination that it will not get the machine."""

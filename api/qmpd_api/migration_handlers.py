@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qmpd.migration.likeness import DestinationFacts
-from qmpd.migration.protocol import Acceptance, DiscardRequest, Handover, Landed, LoadedRequest, Offer, Standing
+from qmpd.migration.protocol import Acceptance, DiscardRequest, Endpoint, Handover, Landed, LoadedRequest, Offer, RecoverRequest, Standing
 from qmpd.migrationviews import GoalChanges, MigrateRequest, MigrationList, MigrationView, ResolveRequest
 from qmpd.views import JobView
 from qmpd_api.exchange import Call
@@ -53,6 +53,11 @@ async def loaded(call: Call[LoadedRequest, Query]) -> Standing:
 async def take(call: Call[Handover, Query]) -> Standing:
     """It was given to this host."""
     return await call.service.migration.take(call.caller, call.id, call.body)
+
+
+async def recover(call: Call[RecoverRequest, Query]) -> Endpoint:
+    """Listen again."""
+    return await call.service.migration.recover(call.caller, call.id)
 
 
 async def discard(call: Call[DiscardRequest, Query]) -> Standing:

@@ -21,6 +21,7 @@ from qmpd.migration.reception import Reception, remove_made
 from qmpd.record import mark_begun, write_record
 from qmpd.registry import Registry
 from qmpd.storage import mark_finished
+from qmpd.tasks import Tasks
 
 #: A QEMU that has the whole state and does not answer may be busy for a moment; after this the source is told to ask again.
 ANSWER_S: Final = 10.0
@@ -66,12 +67,14 @@ class Endings:
         registry: Registry,
         ledger: Ledger,
         reception: Reception,
+        tasks: Tasks,
         publish: Publish,
         arrivals: dict[str, Arrival],
     ) -> None:
         self._registry = registry
         self._ledger = ledger
         self._reception = reception
+        self._tasks = tasks
         self._publish = publish
         self._arrivals = arrivals
 
@@ -141,14 +144,18 @@ class Endings:
         await asyncio.to_thread(self._note_owned, machine)
         await self._ledger.step(entry.id, Step.RUN, reason=arrival.problem)
         self._publish("machine.arrived", machine.name, {"migration": entry.id, "peer": entry.peer, "problem": arrival.problem})
-        await self.settle_in(arrival)
+        if entry.offer.postcopy:  # the rest of its memory may take minutes, and the source waits to hear that it runs
+            self._tasks.start(self.settle_in(arrival), f"settle-in:{machine.name}")
+        else:
+            await self.settle_in(arrival)
 
     async def settle_in(self, arrival: Arrival) -> None:
         """Puts an owned machine's QEMU back to what it would be without a migration. Until then the machine is held: the next migration
         of it would take what this one left for its own."""
         entry = self._ledger.get(arrival.migration)
         if arrival.machine.state not in AT_REST:
-            await self._reception.settle_in(arrival.machine, entry.before.dials if entry.before is not None else None)
+            before = entry.before.dials if entry.before is not None else None
+            await self._reception.settle_in(arrival.machine, before, postcopy=entry.offer.postcopy)
         await self.end(arrival)
 
     def _note_owned(self, machine: Machine) -> None:

@@ -14,7 +14,9 @@ from qmpd import power
 from qmpd.errors import CannotMove, MigrationFailed, NoSpace, PeerError, PeerRefused, QmpdError
 from qmpd.failpoint import passing
 from qmpd.machine import Machine, Publish
+from qmpd.migration.addresses import Address, TcpAddress
 from qmpd.migration.discrepancy import found
+from qmpd.migration.following import follow
 from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.phases import Phase, Step
 from qmpd.migration.protocol import Handover
@@ -22,6 +24,7 @@ from qmpd.migration.shipping import Shipment, Shipping
 from qmpd.migrationviews import MigrationFinding
 from qmpd.peers import PeerDaemon
 from qmpd.registry import Registry
+from qmpd.settings import Peer
 from qmpd.store import Unknown
 from qmpd.tasks import undivided
 
@@ -36,6 +39,8 @@ OFFER_DEADLINE_S: Final = 60.0
 #: What a peer answers whose outcome may be another one later: it is busy with the same, or short of something.
 _LATER: Final = frozenset({"too_many_requests", "qemu_silent", "monitor_unavailable", "no_space", "outcome_unknown"})
 
+#: What a destination answers about a guest that will not wait for its memory any more: it has ended.
+_NOBODY: Final = frozenset({"wrong_state", "not_found"})
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
@@ -85,7 +90,22 @@ class Deliveries:
         """What the new owner is told."""
         return Handover(epoch=entry.epoch, run=entry.went)
 
-    async def deliver(self, departure: Departure, link: PeerDaemon) -> None:
+    async def _follow(self, departure: Departure, link: PeerDaemon, peer: Peer) -> None:
+        """In postcopy: stays until the guest has all of its memory at the destination."""
+        entry = self._ledger.get(departure.migration)
+
+        async def rejoin() -> Address | None:
+            try:
+                endpoint = await asked(lambda: link.recover(entry.id))
+            except PeerRefused as error:
+                if code_of(error) in _NOBODY:
+                    return None
+                raise
+            return TcpAddress(host=peer.migration_address or peer.host, port=endpoint.port)
+
+        await follow(departure.machine, rejoin)
+
+    async def deliver(self, departure: Departure, link: PeerDaemon, peer: Peer) -> None:
         """Tells the destination that it is the owner, for as long as that takes.
 
         Raises:
@@ -104,6 +124,8 @@ class Deliveries:
                 await undivided(self.take_back(departure, found.reason), f"take-back:{entry.machine}")
                 raise MigrationFailed(f"the destination lost the machine before it ran there, and it goes on here: {found.reason}")
             if found.phase in {Phase.TAKEN, Phase.ARRIVED}:
+                if entry.offer.postcopy:
+                    await self._follow(departure, link, peer)
                 await self._ledger.step(entry.id, Step.CONFIRM, reason=found.reason)
                 await undivided(self.clear(departure), f"clear:{entry.machine}")
                 return

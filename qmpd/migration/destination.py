@@ -34,7 +34,7 @@ from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.phases import FIRST, UNOWNED, Phase, Step
 from qmpd.migration.premises import Premises
-from qmpd.migration.protocol import VERSION, Acceptance, Handover, Offer, Standing
+from qmpd.migration.protocol import VERSION, Acceptance, Endpoint, Handover, Offer, Standing
 from qmpd.migration.reception import Arranged, Reception, remove_made
 from qmpd.migration.survey import surveyed
 from qmpd.peering import Peering
@@ -81,7 +81,9 @@ class Arrivals:
         self._tasks = tasks
         self._publish = publish
         self._arrivals: dict[str, Arrival] = {}
-        self._endings = Endings(registry=registry, ledger=ledger, reception=reception, publish=publish, arrivals=self._arrivals)
+        self._endings = Endings(
+            registry=registry, ledger=ledger, reception=reception, tasks=tasks, publish=publish, arrivals=self._arrivals
+        )
         #: Offers for which a QEMU is being started.
         self._preparing: set[str] = set()
 
@@ -131,6 +133,19 @@ class Arrivals:
         if arrival is not None:
             await undivided(self._endings.take(arrival, handover), f"take:{entry.machine}")
         return self.standing(self._ledger.get(migration))
+
+    async def recover(self, peer: Peer, migration: str) -> Endpoint:
+        """Memory that follows its guest stopped to come: QEMU listens again.
+
+        Raises:
+            WrongState: the guest is not here, or has ended.
+            QemuRefused: it has all of its memory, or its connection.
+        """
+        entry = self._entry(peer.name, migration)
+        machine = self._registry.known(entry.machine)
+        if machine is None or machine.definition.arrived != entry.id or not machine.alive or entry.phase in UNOWNED:
+            raise WrongState("there is no guest here that waits for its memory", state=str(entry.phase), allowed=[str(Phase.ARRIVED)])
+        return await self._reception.recover(machine, peer)
 
     async def discard(self, peer: str, migration: str, reason: str) -> Standing:
         """The source keeps the machine: removes what is here of it, unless it is this host's own already."""
@@ -288,7 +303,7 @@ class Arrivals:
         machine = arrival.machine
         while True:
             try:
-                await self._reception.received(machine)
+                await self._reception.received(machine, postcopy=self._ledger.get(arrival.migration).offer.postcopy)
             except MonitorUnavailable:
                 if await machine.until(AT_REST, ASK_S):
                     raise

@@ -128,6 +128,10 @@ class LoadedRequest(Request, frozen=True, kw_only=True):
     timeout_s: Annotated[float, Meta(ge=0, le=60)] = 30.0
 
 
+class RecoverRequest(Request, frozen=True, kw_only=True):
+    """The connection over which memory follows the guest was lost: the destination shall listen again."""
+
+
 class DiscardRequest(Request, frozen=True, kw_only=True):
     """Why the destination shall discard what it has."""
 

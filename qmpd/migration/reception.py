@@ -131,7 +131,7 @@ class Reception:
             disks_at=where if copied else None,
             disks=copied,
             tls=ServerTls(directory=await asyncio.to_thread(directory, self._settings.pki_dir), admits=distinguished_name(peer)),
-            agreed=Agreed(channels=offer.channels),
+            agreed=Agreed(channels=offer.channels, postcopy=offer.postcopy),
             stays=STAYS in launch.features,
         )
         found = await incoming.listen(machine.session, wanted)
@@ -143,12 +143,31 @@ class Reception:
             endpoint=Endpoint(host=found.memory.host, port=found.memory.port, tls_name=peer.owner, nbd_port=nbd),
             disks=arranged.disks,
             channels=offer.channels,
+            postcopy=offer.postcopy,
             emulator_version=launch.emulator_version,
         )
 
-    async def received(self, machine: Machine) -> None:
-        """Returns when the whole state is in. Raises MigrationFailed, and MonitorUnavailable while QEMU cannot be asked."""
-        await incoming.wait_loaded(machine.session)
+    async def received(self, machine: Machine, *, postcopy: bool) -> None:
+        """Returns when the whole state is in, or with `postcopy` all that the guest needs to run while the rest of its memory follows.
+
+        Raises:
+            MigrationFailed: it did not come.
+            MonitorUnavailable: QEMU cannot be asked at the moment.
+        """
+        await (incoming.wait_postcopy if postcopy else incoming.wait_loaded)(machine.session)
+
+    async def recover(self, machine: Machine, peer: Peer) -> Endpoint:
+        """Has a QEMU whose memory stopped to come listen again.
+
+        Raises:
+            QemuRefused: it does not wait for any.
+        """
+        ports = self._settings.migration_port_range
+        where = TcpRange(host=self._settings.migration_host, first=ports.start, last=ports.stop - 1)
+        found = await incoming.recover(machine.session, where)
+        if not isinstance(found, TcpAddress):
+            raise CannotMove("QEMU does not listen at a port")
+        return Endpoint(host=found.host, port=found.port, tls_name=peer.owner)
 
     async def is_receiving(self, machine: Machine) -> bool:
         """Whether anything has come yet."""
@@ -192,10 +211,13 @@ class Reception:
             await asyncio.sleep(LOCK_AGAIN_S)
         await machine.until(frozenset({State.RUNNING}), EFFECT_DEADLINE_S)
 
-    async def settle_in(self, machine: Machine, before: Dials | None) -> None:
-        """What may happen while the guest runs: the network is told where the machine is, and QEMU is as if it had never migrated."""
+    async def settle_in(self, machine: Machine, before: Dials | None, *, postcopy: bool) -> None:
+        """What may happen while the guest runs: the network is told where the machine is, and QEMU is as if it had never migrated. With
+        `postcopy` when all of its memory is here."""
         try:
             await machine.session.execute("announce-self", _ANNOUNCEMENT)
+            if postcopy:
+                await incoming.wait_loaded(machine.session)
             if before is not None:
                 await incoming.settle(machine.session, before)
             for warning in (await remake(machine.session, machine.definition.spec)).warnings:

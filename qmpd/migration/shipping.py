@@ -11,8 +11,9 @@ from typing import Final, Literal
 
 import msgspec
 
+from qmpd import power
 from qmpd.credentials import directory
-from qmpd.errors import CannotMove, MigrationFailed, MonitorUnavailable, Problem, QmpdError, invalid
+from qmpd.errors import CannotMove, MigrationFailed, MonitorUnavailable, Problem, QmpdError, WrongState, invalid
 from qmpd.facts import MachinePaths
 from qmpd.jobs import Report
 from qmpd.lifecycle import AT_REST, State
@@ -80,6 +81,11 @@ class Shipment:
         await self._outgoing.send(self._progressed)
         await self._outgoing.switch_over()
 
+    @property
+    def postcopy(self) -> bool:
+        """The guest can run at the destination, and a part of its memory is still here: there is nothing whole to come back to."""
+        return self._outgoing.postcopy
+
     async def change(self, goal: Goal) -> None:
         """Another goal from now on. Raises Invalid if it asks for what this migration began without."""
         try:
@@ -116,7 +122,8 @@ class Shipment:
                 self._halted = True
                 await self._machine.session.execute("stop")
             case Postcopy():
-                await self._machine.session.execute("migrate-start-postcopy")
+                self._report.point_of_no_return("the guest is going over to its destination, and its memory follows")
+                await self._outgoing.start_postcopy()
             case Abort():
                 raise MigrationFailed(decision.reason)
 
@@ -230,7 +237,11 @@ class Shipping:
             return
         if not machine.has_process:
             raise MonitorUnavailable(f"machine {machine.name!r} is {machine.state}")
-        await recall(machine.session, entry.before)
+        try:
+            await recall(machine.session, entry.before)
+        except WrongState:  # one half of it went with the destination's QEMU, and this one is of no use
+            _log.error("guest was lost between two hosts", extra={"machine": machine.name})
+            await power.kill(machine)
 
 
 def moved(accepted: Acceptance, figures: Figures) -> tuple[MovedDisk, ...]:

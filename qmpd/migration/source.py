@@ -15,14 +15,15 @@ from typing import Final
 
 import msgspec
 
-from qmpd.errors import MigrationFailed, NoSpace, PeerError, QmpdError, WrongState
+from qmpd.errors import Busy, MigrationFailed, NoSpace, PeerError, QmpdError, StaleRevision, WrongState
 from qmpd.failpoint import passing
 from qmpd.jobs import Report
 from qmpd.journal import timestamp, utc_now
-from qmpd.lifecycle import State
+from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine, Publish
 from qmpd.migration.convergence import revised
 from qmpd.migration.delivery import AGAIN_S, DOUBT_S, LONGEST_AGAIN_S, Deliveries, Departure, asked, code_of, insisted
+from qmpd.migration.following import is_halfway
 from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.outgoing import Before
 from qmpd.migration.phases import FIRST, KEEPABLE, Phase, Step
@@ -44,6 +45,9 @@ MOVABLE: Final = frozenset({State.RUNNING, State.PAUSED})
 LOADED_DEADLINE_S: Final = 60.0
 #: A question in which the peer waits for that itself.
 LOADED_WAIT_S: Final = 10.0
+
+#: Refusals of a write that say that nothing was written.
+_NOT_WRITTEN: Final = (NoSpace, StaleRevision, Busy)
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +105,7 @@ class Departures:
         async with self._peering.dial(peer) as link:
             accepted, shipment = await self._shipped(departure, peer, link, request, report)
             figures = await shipment.measured()
-            await self._deliveries.deliver(departure, link)
+            await self._deliveries.deliver(departure, link, peer)
         return MigrationReport(
             id=entry.id,
             machine=entry.machine,
@@ -114,6 +118,7 @@ class Departures:
             downtime_ms=float(figures.downtime_ms),
             transferred_bytes=figures.transferred_bytes,
             passes=figures.passes,
+            postcopy=shipment.postcopy,
             tuned=tuple(shipment.tuner.tuned),
             findings=departure.findings,
             disks=moved(accepted, shipment.last_copied),
@@ -214,11 +219,33 @@ class Departures:
                 await self._ledger.step(entry.id, Step.GIVE)
             await self._delivered_again(departure)
 
+    async def _is_halfway(self, departure: Departure) -> bool:
+        machine = departure.machine
+        while self._ledger.get(departure.migration).offer.postcopy:
+            try:
+                return await is_halfway(machine)
+            except QmpdError as error:
+                departure.problem = f"QEMU does not say where its guest is: {error.message}"
+                await machine.until(AT_REST, DOUBT_S)
+        return False
+
+    async def _through(self, departure: Departure) -> None:
+        """Goes on with a guest that was halfway when the daemon ended: the only way is forward, unless the destination lost its part."""
+        entry = self._ledger.get(departure.migration)
+        async with self._peering.dial(self._peering.peers.get(entry.peer)) as link:
+            try:
+                await self._loaded(departure, link, halfway=True)
+            except MigrationFailed as error:
+                await self._kept(departure, error.message)
+                return
+        await self._give(departure, went=entry.went)
+        await self._delivered_again(departure)
+
     async def _delivered_again(self, departure: Departure) -> None:
         peer = self._peering.peers.get(self._ledger.get(departure.migration).peer)
         async with self._peering.dial(peer) as link:
             try:
-                await self._deliveries.deliver(departure, link)
+                await self._deliveries.deliver(departure, link, peer)
             except MigrationFailed as error:
                 _log.warning("machine came back", extra={"machine": departure.machine.name, "reason": error.message})
 
@@ -239,30 +266,35 @@ class Departures:
                 await shipment.prepare()
                 await self._ledger.step(migration, Step.PERFORM)
                 await shipment.send()
-            await self._loaded(link, migration)
+            await self._loaded(departure, link, halfway=shipment.postcopy)
             report.point_of_no_return(f"machine {machine.name!r} is being given to {peer.name}")
             await self._give(departure, went=shipment.went)
         except BaseException as error:
-            if machine.definition.given is None and (not departure.giving or isinstance(error, NoSpace)):
+            undecided = departure.giving and not isinstance(error, _NOT_WRITTEN)
+            if machine.definition.given is None and not undecided:
                 await undivided(self._keep(departure, _words(error)), f"keep:{machine.name}")
             raise
         return accepted, shipment
 
-    async def _loaded(self, link: PeerDaemon, migration: str) -> None:
-        """Returns when the destination says that it holds the whole state."""
+    async def _loaded(self, departure: Departure, link: PeerDaemon, *, halfway: bool) -> None:
+        """Returns when the destination says that it holds the whole state, or of a guest that is `halfway` all that it needs to run: then
+        there is no way back, and no limit."""
+        migration = departure.migration
         loop = asyncio.get_running_loop()
         until = loop.time() + LOADED_DEADLINE_S
         while True:
             try:
                 found = await asked(lambda: link.loaded(migration, LoadedRequest(timeout_s=LOADED_WAIT_S)))
-            except PeerError:
-                if loop.time() > until:
+            except PeerError as error:
+                if not halfway and loop.time() > until:
                     raise
+                departure.problem = f"whether the destination has the guest is not known: {error.message}"
                 await asyncio.sleep(AGAIN_S)
                 continue
+            departure.problem = ""
             if found.phase is Phase.LOADED:
                 return
-            if found.phase is not Phase.AWAITING or loop.time() > until:
+            if found.phase is not Phase.AWAITING or (not halfway and loop.time() > until):
                 raise MigrationFailed(f"the destination does not hold the machine: it is {found.phase}. {found.reason}".rstrip())
 
     async def _give(self, departure: Departure, *, went: bool) -> None:
@@ -289,7 +321,15 @@ class Departures:
         await passing("ownership-given")
 
     async def _keep(self, departure: Departure, reason: str) -> None:
-        """The machine stays: its QEMU is put back to what it was, and the peer is told until it has heard."""
+        """The machine stays, but for one that is halfway: of that nothing whole is left to keep, and the only way is forward."""
+        if await self._is_halfway(departure):
+            if not self._deliveries.closing:
+                self._tasks.start(self._through(departure), f"through:{departure.machine.name}")
+            return
+        await self._kept(departure, reason)
+
+    async def _kept(self, departure: Departure, reason: str) -> None:
+        """Its QEMU is put back to what it was, and the peer is told until it has heard."""
         machine, entry = departure.machine, self._ledger.get(departure.migration)
         while entry.phase in KEEPABLE:
             try:

@@ -16,7 +16,7 @@ from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.phases import ENDED, KEEPABLE, Phase
 from qmpd.migration.premises import Premises
-from qmpd.migration.protocol import Acceptance, DiscardRequest, Handover, Landed, LoadedRequest, Offer, Standing
+from qmpd.migration.protocol import Acceptance, DiscardRequest, Endpoint, Handover, Landed, LoadedRequest, Offer, Standing
 from qmpd.migration.reception import Reception
 from qmpd.migration.rehearsal import Rehearsals
 from qmpd.migration.shipping import Shipping
@@ -155,6 +155,10 @@ class Migration:
     async def take(self, caller: Caller, migration: str, handover: Handover) -> Standing:
         """The peer has given a machine: it is taken."""
         return await self._arrivals.take(self._peering.peers.asking(caller).name, migration, handover)
+
+    async def recover(self, caller: Caller, migration: str) -> Endpoint:
+        """Memory that follows a guest here stopped to come: its QEMU listens again."""
+        return await self._arrivals.recover(self._peering.peers.asking(caller), migration)
 
     async def discard(self, caller: Caller, migration: str, request: DiscardRequest) -> Standing:
         """The peer keeps a machine: what is here of it is removed."""

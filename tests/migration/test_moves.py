@@ -19,11 +19,12 @@ from qmpd.migration.phases import Phase
 from qmpd.migration.protocol import DiscardRequest, Handover
 from qmpd.migrationviews import DiskChoice, Goal, GoalChanges, MigrateRequest, MigrationReport
 from qmpd.settings import Peer
-from qmpd.spec import Forward, ImageDisk, UserNic
+from qmpd.spec import Forward, ImageDisk, Kernel, MachineSpec, UserNic
 from qmpd.views import JobView, MachineView, QmpRequest, StartRequest
 from tests.api.lab import Daemon, authority, daemon, host, peer, port
 from tests.guests.build import Guest
 from tests.machines import copy_of, spec_of
+from tests.migration.test_goals import busy_kernel
 
 pytestmark = pytest.mark.qemu
 
@@ -237,3 +238,42 @@ async def test_ports_are_forwarded_where_the_machine_is(short_directory: Path, c
         assert [(forward.guest_port, forward.protocol) for forward in found] == [(22, "tcp")]
         assert before.guest_port == 22
         await b.service.kill("counter")
+
+
+def busy(directory: Path) -> MachineSpec:
+    """A guest that changes its memory faster than it can be sent."""
+    kernel = Kernel(image=str(busy_kernel(directory / "busy")), console=False)
+    return MachineSpec(name="busy", board="x86_64-q35", accel="tcg", memory_mib=64, kernel=kernel)
+
+
+async def test_a_guest_whose_memory_follows_it_runs_at_its_destination_meanwhile(short_directory: Path) -> None:
+    async with pair(short_directory) as (a, b):
+        await a.service.create(busy(short_directory), start=True)
+        goal = Goal(bandwidth_mib_s=20, downtime_ms=1, deadline_s=2.0, then="postcopy", auto_converge=False)
+        job = await ended(a, await a.service.migration.migrate("busy", MigrateRequest(peer="b", goal=goal)))
+        assert job.state == "succeeded", job.error
+        report = msgspec.convert(job.result, MigrationReport)
+        assert (report.owner_name, report.postcopy) == ("b", True)
+        assert [tuning.action for tuning in report.tuned][-1] == "postcopy"
+        assert known(a, "busy") is None
+        async with asyncio.timeout(HUNG_S):
+            while (view := b.service.machine("busy")).operation is not None:
+                await asyncio.sleep(LOOK_S)
+        assert view.state is State.RUNNING
+        await b.service.kill("busy")
+
+
+@pytest.mark.parametrize("then", ["pause", "abort"])
+async def test_at_the_deadline_is_done_what_the_goal_says(short_directory: Path, then: str) -> None:
+    async with pair(short_directory) as (a, b):
+        await a.service.create(busy(short_directory), start=True)
+        goal = msgspec.convert({"bandwidth_mib_s": 20, "downtime_ms": 1, "deadline_s": 2.0, "then": then, "auto_converge": False}, Goal)
+        job = await ended(a, await a.service.migration.migrate("busy", MigrateRequest(peer="b", goal=goal)))
+        there = b if then == "pause" else a
+        assert job.state == ("succeeded" if then == "pause" else "failed")
+        view = there.service.machine("busy")
+        assert view.state is State.RUNNING
+        async with asyncio.timeout(HUNG_S):
+            while there.service.machine("busy").operation is not None:
+                await asyncio.sleep(LOOK_S)
+        await there.service.kill("busy")

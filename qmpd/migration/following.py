@@ -1,0 +1,69 @@
+"""Memory that follows a guest which runs at its destination already (postcopy), until all of it is there.
+
+Neither side has a whole guest meanwhile: its owner is the destination, and the source's QEMU only gives what it still has. A connection
+that breaks is made anew. Where the destination's QEMU ends, the guest has crashed there, and what the source has left is of no use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Final
+
+from qmpd.errors import MigrationFailed, QmpdError
+from qmpd.lifecycle import AT_REST
+from qmpd.machine import Machine
+from qmpd.migration.addresses import Address, uri
+from qmpd.migration.progress import POSTCOPY, Progress
+from qmpd.migration.qemu import ask_map
+from qmpd.migration.watch import watching
+
+#: A link that is down is not noticed by TCP for many minutes: who has got nothing for so long gives the connection up, and joins anew.
+STALL_S: Final = 30.0
+#: A destination that cannot be joined yet is asked again this often.
+AGAIN_S: Final = 1.0
+
+_log = logging.getLogger(__name__)
+#: Where the destination listens again; None when there is nobody left there to follow.
+Rejoin = Callable[[], Awaitable[Address | None]]
+
+
+async def is_halfway(machine: Machine) -> bool:
+    """Whether a part of the guest is elsewhere already. False for a machine without a process. Raises as `Monitor.execute`."""
+    if machine.state in AT_REST or not machine.has_process:
+        return False
+    return (await ask_map(machine.session, "query-migrate")).get("status") in POSTCOPY
+
+
+async def follow(machine: Machine, rejoin: Rejoin) -> None:
+    """Returns when all memory has followed, or there is nobody left to follow, or this QEMU has ended."""
+    while machine.state not in AT_REST:
+        try:
+            if await _followed(machine):
+                return
+            address = await rejoin()
+            if address is None:
+                return
+            await machine.session.execute("migrate", {"uri": uri(address), "resume": True})
+        except QmpdError as error:
+            _log.warning("memory does not follow its guest at the moment", extra={"machine": machine.name, "error": error.message})
+            await machine.until(AT_REST, AGAIN_S)
+
+
+async def _followed(machine: Machine) -> bool:
+    """Waits until all has followed (True), or the connection is lost or of no use any more (False)."""
+    loop = asyncio.get_running_loop()
+    with watching(machine.session) as watch:
+        seen, since = Progress(), loop.time()
+        while (status := await watch.next()) not in {"completed", "postcopy-paused"}:
+            if status in {"failed", "cancelled"}:
+                raise MigrationFailed(f"the memory that follows {machine.name!r} {status}", status=status)
+            if watch.progress != seen:
+                seen, since = watch.progress, loop.time()
+            elif loop.time() - since > STALL_S:
+                with suppress(QmpdError):
+                    await machine.session.execute_oob("migrate-pause")
+                since = loop.time()
+    return status == "completed"
