@@ -30,6 +30,8 @@ from qmpd.migration.watch import Watch, watching
 CANCEL_PATIENCE_S: Final = 5.0
 #: A connection that is being made cannot be broken; the kernel gives up after two minutes (tcp_syn_retries).
 CANCEL_LIMIT_S: Final = 150.0
+#: Postcopy goes on as soon as the ends are connected, and QEMU does not say when they cannot be.
+RESUME_LIMIT_S: Final = 15.0
 #: QEMU fills in the figures of a migration a moment after it says that it is completed.
 FIGURES_LIMIT_S: Final = 1.0
 #: QEMU's run state after a migration that it takes for the end of the guest here.
@@ -154,8 +156,19 @@ class Outgoing:
         await self._qemu.execute_oob("migrate-pause")
 
     async def resume(self, memory: Address) -> None:
-        """After `follow` said that the connection is lost: goes on at a destination that listens again (`incoming.recover`)."""
-        await self._qemu.execute("migrate", {"uri": uri(memory), "resume": True})
+        """After `follow` said that the connection is lost: goes on at a destination that listens again (`incoming.recover`).
+
+        Raises:
+            MigrationFailed: the destination could not be reached; both ends wait on.
+        """
+        with watching(self._qemu) as watch:
+            await self._qemu.execute("migrate", {"uri": uri(memory), "resume": True})
+            try:
+                async with asyncio.timeout(RESUME_LIMIT_S):
+                    while await watch.next() in {None, "postcopy-paused"}:
+                        pass
+            except TimeoutError as error:
+                raise MigrationFailed(f"the destination could not be reached within {RESUME_LIMIT_S:g} s") from error
 
     async def switch_over(self) -> None:
         """Completes the disks and lets the guest go; it has arrived, or can be set going there (`postcopy`), when this returns.
