@@ -160,7 +160,8 @@ class MovedDisk(View, frozen=True, kw_only=True):
 
 class MigrationReport(View, frozen=True, kw_only=True):
     """What became of a migration, and who owns the machine now: `owner` is a side, `owner_name` that daemon. Figures QEMU did not give are
-    None. `reason`: why it stayed, or why nobody can say."""
+    None. `reason`: why it stayed, or why nobody can say. `tunnelled`: everything went through
+    the API's connection, `tunnelled_bytes` of it."""
 
     id: str
     machine: str
@@ -176,6 +177,8 @@ class MigrationReport(View, frozen=True, kw_only=True):
     passes: int = 0
     postcopy: bool = False
     encrypted: bool = True
+    tunnelled: bool = False
+    tunnelled_bytes: int = 0
     tuned: tuple[Tuning, ...] = ()
     findings: tuple[MigrationFinding, ...] = ()
     disks: tuple[MovedDisk, ...] = ()

@@ -12,7 +12,6 @@ import asyncio
 import logging
 import os
 import socket
-import struct
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, suppress
 from ssl import SSLContext
@@ -29,6 +28,7 @@ from qmpd.commands import CHANGE_DEADLINE_S, QUERY_DEADLINE_S, QUIT_DEADLINE_S, 
 from qmpd.errors import MonitorUnavailable, QemuDied, QemuSilent, TooLarge
 from qmpd.lines import LINE_LIMIT, Lines, Refused
 from qmpd.shortage import shortage
+from qmpd.ucred import credentials_of
 
 __all__ = [
     "CHANGE_DEADLINE_S",
@@ -49,7 +49,6 @@ FAREWELL_S: Final = 0.05
 CLOSED_BY_QEMU: Final = "QEMU closed the connection"
 #: Characters of an error's text that are repeated.
 _TEXT_LIMIT: Final = 256
-_UCRED: Final = struct.Struct("3i")
 
 _log = logging.getLogger(__name__)
 #: The library logs message bodies and calls every lost connection an error; what matters of that is logged here.
@@ -289,7 +288,7 @@ def _dial(path: str, name: str, peer_pid: int | None) -> tuple[socket.socket, in
             raise QemuSilent(f"{name}: QEMU takes no client, and too many wait for its monitor") from error
         except OSError as error:
             raise shortage(error) or MonitorUnavailable(f"{name}: no monitor at {path}: {_shorten(error)}") from error
-        pid, _, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        pid, _, _ = credentials_of(sock)
         if peer_pid is not None and pid not in {peer_pid, os.getpid()}:
             raise MonitorUnavailable(f"{name}: the socket {path} belongs to process {pid}, not to {peer_pid}", pid=pid)
         undo.pop_all()

@@ -9,7 +9,7 @@ from typing import Protocol
 from qmpd.access import Caller
 from qmpd.errors import Forbidden, NotFound
 from qmpd.migration.likeness import DestinationFacts
-from qmpd.migration.protocol import Acceptance, DiscardRequest, Endpoint, Handover, Landed, LoadedRequest, Offer, Standing
+from qmpd.migration.protocol import Acceptance, Channel, DiscardRequest, Endpoint, Handover, Landed, LoadedRequest, Offer, Standing
 from qmpd.peerviews import PeerCertificate, PeerGreeting, RevocationView
 from qmpd.settings import Peer
 
@@ -57,6 +57,19 @@ class Peers:
         return self.get(caller.peer)
 
 
+class Stream(Protocol):
+    """One connection of QEMU's on its way between two daemons, in pieces. An empty one says that nothing more comes from that side.
+
+    Each method raises ConnectionError when the stream is broken.
+    """
+
+    async def send(self, data: bytes) -> None:
+        """Gives a piece to the other side; waits as long as that has no room for it."""
+
+    async def receive(self) -> bytes:
+        """The next piece of the other side."""
+
+
 class PeerDaemon(Protocol):
     """What is asked of another daemon, over a connection on which both sides have shown who they are.
 
@@ -98,6 +111,9 @@ class PeerDaemon(Protocol):
 
     async def standing(self, migration: str) -> Standing:
         """How far it is."""
+
+    def tunnel(self, migration: str, channel: Channel) -> AbstractAsyncContextManager[Stream]:
+        """A stream to where its QEMU waits for this."""
 
 
 #: A connection to a peer for as long as the block runs; nothing is sent before the first question. Raises HostError without certificates.

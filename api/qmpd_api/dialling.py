@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC
 from typing import Final
 
 from qmpd.journal import timestamp
+from qmpd.migration.protocol import Channel
 from qmpd.peerviews import PeerCertificate
 from qmpd.pki import ORGANIZATION
 from qmpd.settings import Peer
 from qmpd_api.client import Client
 from qmpd_api.connection import Remote, failures_of_peer
+from qmpd_api.tunnels import TunnelStream, dug
 
 _ROLE: Final = "peer"
 #: The number that OpenSSL has for every failure of its own (SSL_ERROR_SSL).
@@ -54,6 +56,10 @@ class PeerClient(Client):
         )
         if (facts.organization, facts.role, facts.name) != (ORGANIZATION, _ROLE, self._peer.owner):
             raise ssl.SSLCertVerificationError(_REFUSED, f"it is {facts.role}:{facts.name}, not {_ROLE}:{self._peer.owner}")
+
+    def tunnel(self, migration: str, channel: Channel) -> AbstractAsyncContextManager[TunnelStream]:
+        """A stream to where its QEMU waits for this."""
+        return dug(self.connection, migration, channel)
 
 
 @asynccontextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import pwd
 import socket
-import struct
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +12,10 @@ from typing import Final
 
 from aiohttp import web
 
+from qmpd import ucred
 from qmpd.access import Caller
 from qmpd.errors import Busy
 from qmpd_api.limits import Limits
-
-#: struct ucred: pid, uid, gid (unix(7)).
-_UCRED: Final = struct.Struct("=iII")
 
 
 class Peers:
@@ -98,8 +95,7 @@ def credentials_of(transport: asyncio.BaseTransport | None) -> tuple[int, int, i
     connection = transport.get_extra_info("socket") if transport is not None else None
     if connection is None or connection.family != socket.AF_UNIX:
         return None
-    pid, uid, gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return pid, uid, gid
+    return ucred.credentials_of(connection)
 
 
 def address_of(transport: asyncio.BaseTransport | None) -> str | None:

@@ -13,6 +13,7 @@ from multidict import MultiMapping
 
 from qmpd.errors import Problem, QmpdError, invalid
 from qmpd.lifecycle import State
+from qmpd.migration.protocol import Channel
 from qmpd.spec import MAX_LABELS, Name, Word
 from qmpd_api.codec import check_values
 from qmpd_api.echo import echo, placed
@@ -55,6 +56,12 @@ class CreateQuery(Query, frozen=True, kw_only=True):
 
     start: bool = False
     paused: bool = False
+
+
+class TunnelQuery(Query, frozen=True, kw_only=True):
+    """`channel`: which of QEMU's connections comes through."""
+
+    channel: Channel
 
 
 class WaitQuery(Query, frozen=True, kw_only=True):

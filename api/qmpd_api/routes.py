@@ -21,7 +21,7 @@ from qmpd.migration import protocol as mp
 from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.parcels import History, HistoryTaken, ItemStanding
 from qmpd.spec import MachineChanges, MachineSpec
-from qmpd_api import downloads, handlers, item_handlers, migration_handlers, streams, trust_handlers
+from qmpd_api import downloads, handlers, item_handlers, migration_handlers, streams, trust_handlers, tunnels
 from qmpd_api.exchange import Call
 from qmpd_api.handlers import Nothing
 from qmpd_api.limits import KIB
@@ -36,6 +36,7 @@ from qmpd_api.queries import (
     LogQuery,
     MachinesQuery,
     Query,
+    TunnelQuery,
     WaitQuery,
 )
 from qmpd_api.statuses import UpgradeRequired
@@ -248,6 +249,9 @@ ROUTES: Final[tuple[Route[Any, Any], ...]] = (
     Route(method="POST", path="/v1/peer/migrations/{id}/history", summary="Tell what happened to a machine before it came here",
           right="peer", query=Query, handler=item_handlers.tell_history, body=History, answer=HistoryTaken,
           errors=(e.NotFound, e.WrongState, e.NoSpace), pool="changes"),
+    Route(method="GET", path="/v1/peer/migrations/{id}/tunnel", summary="A connection of QEMU's to the one that waits here (WebSocket)",
+          right="peer", query=TunnelQuery, stream=tunnels.tunnel, status=101,
+          errors=(e.NotFound, e.WrongState, e.Busy, e.MigrationFailed, UpgradeRequired)),
     Route(method="POST", path="/v1/pki/join", summary="Get a certificate, once, with the token of an invitation", right="join", query=Query,
           handler=trust_handlers.join, body=pv.JoinRequest, answer=pv.JoinAnswer, errors=(e.NotFound, e.Invalid, e.HostError),
           pool="joins", body_bytes=JOIN_BYTES, kept=False),

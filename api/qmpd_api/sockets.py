@@ -81,14 +81,8 @@ def is_upgrade(request: web.BaseRequest) -> bool:
     return request.headers.get("Upgrade", "").strip().lower() == "websocket"
 
 
-@asynccontextmanager
-async def opened(request: web.Request, *protocols: str) -> AsyncIterator[web.WebSocketResponse]:
-    """The WebSocket that `request` opens; closed on leaving.
-
-    Raises:
-        UpgradeRequired: the request is not the opening of a WebSocket.
-        Undecodable: its key is none, or it asks only for subprotocols other than `protocols`.
-    """
+def check_opening(request: web.Request, *protocols: str) -> None:
+    """Raises UpgradeRequired where a request is not the opening of a WebSocket, Undecodable where it is one that cannot be answered."""
     if not is_upgrade(request):
         raise UpgradeRequired("this path is a WebSocket: send Connection: Upgrade and Upgrade: websocket")
     if not _KEY.fullmatch(request.headers.get("Sec-WebSocket-Key", "")):
@@ -96,14 +90,29 @@ async def opened(request: web.Request, *protocols: str) -> AsyncIterator[web.Web
     wanted = [word.strip() for value in request.headers.getall("Sec-WebSocket-Protocol", []) for word in value.split(",")]
     if wanted and not set(wanted) & set(protocols):
         raise Undecodable(f"none of the subprotocols asked for is known here; known: {', '.join(protocols)}", known=list(protocols))
+
+
+@asynccontextmanager
+async def opened(
+    request: web.Request, *protocols: str, message_bytes: int | None = None, heartbeat: bool = True
+) -> AsyncIterator[web.WebSocketResponse]:
+    """The WebSocket that `request` opens; closed on leaving.
+
+    Without `heartbeat` the other side may leave what it is sent unread for as long as it likes: its answer to a ping would be behind that.
+
+    Raises:
+        UpgradeRequired: the request is not the opening of a WebSocket.
+        Undecodable: its key is none, or it asks only for subprotocols other than `protocols`.
+    """
+    check_opening(request, *protocols)
     limits = request.app[LIMITS]
     # Without compression: a few compressed bytes would become megabytes before the size of the message is looked at.
     socket = web.WebSocketResponse(
         timeout=limits.farewell_s,
-        heartbeat=limits.heartbeat_s,
+        heartbeat=limits.heartbeat_s if heartbeat else None,
         protocols=protocols,
         compress=False,
-        max_msg_size=limits.message_bytes,
+        max_msg_size=limits.message_bytes if message_bytes is None else message_bytes,
     )
     await socket.prepare(request)
     with request.app[OPENINGS].socket(socket):

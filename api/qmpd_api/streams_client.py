@@ -109,7 +109,7 @@ class ConsoleStream:
 @asynccontextmanager
 async def console_stream(connection: Connection, address: URL) -> AsyncIterator[ConsoleStream]:
     """An open console, closed on the way out."""
-    async with _websocket(connection, address, CONSOLE_PROTOCOL) as socket:
+    async with websocket(connection, address, CONSOLE_PROTOCOL) as socket:
         yield ConsoleStream(socket)
 
 
@@ -145,7 +145,7 @@ class QmpStream:
 @asynccontextmanager
 async def qmp_stream(connection: Connection, address: URL) -> AsyncIterator[QmpStream]:
     """An open QMP session, closed on the way out."""
-    async with _websocket(connection, address, QMP_PROTOCOL) as socket:
+    async with websocket(connection, address, QMP_PROTOCOL) as socket:
         yield QmpStream(socket)
 
 
@@ -221,7 +221,7 @@ class _EventFeed:
                 self._newest = page.last
                 break
         query: Query = {"since": self._newest, "machine": self._machine}
-        async with _websocket(self._connection, url("/v1/events", query), EVENTS_PROTOCOL) as socket:
+        async with websocket(self._connection, url("/v1/events", query), EVENTS_PROTOCOL) as socket:
             async for message in socket:
                 if message.type is aiohttp.WSMsgType.BINARY:
                     event = msgspec.msgpack.decode(message.data, type=Event)
@@ -234,13 +234,16 @@ class _EventFeed:
 
 
 @asynccontextmanager
-async def _websocket(connection: Connection, address: URL, protocol: str) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+async def websocket(
+    connection: Connection, address: URL, protocol: str, *, heartbeat_s: float | None = HEARTBEAT_S, message_bytes: int = MAX_FRAME_BYTES
+) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+    """An open WebSocket, closed on the way out. Raises what the daemon answered where it did not open it."""
     limits = aiohttp.ClientWSTimeout(ws_close=CLOSE_DEADLINE_S)
     with connection.translated(f"GET {address.path}", QUERY_DEADLINE_S):
         try:
             async with asyncio.timeout(QUERY_DEADLINE_S):
                 socket = await connection.session.ws_connect(
-                    address, protocols=(protocol,), heartbeat=HEARTBEAT_S, max_msg_size=MAX_FRAME_BYTES, timeout=limits
+                    address, protocols=(protocol,), heartbeat=heartbeat_s, max_msg_size=message_bytes, timeout=limits
                 )
         except aiohttp.WSServerHandshakeError as refusal:
             raise await _refusal(connection, address, refusal) from refusal

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Final
 
 import msgspec
@@ -16,8 +18,9 @@ from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine, Publish
 from qmpd.migration.ledger import Ledger
 from qmpd.migration.phases import UNOWNED, Phase, Step
-from qmpd.migration.protocol import Acceptance, Handover
+from qmpd.migration.protocol import Acceptance, Channel, Handover
 from qmpd.migration.reception import Reception, remove_made
+from qmpd.migration.tunnel import Meter
 from qmpd.record import mark_begun, write_record
 from qmpd.registry import Registry
 from qmpd.storage import mark_finished
@@ -43,6 +46,8 @@ class Arrival:
         self.machine = machine
         self.acceptance: Acceptance | None = None
         self.problem = ""
+        self.meter = Meter()
+        self._led_in: Counter[Channel] = Counter()
         self.lock = asyncio.Lock()
         self.changed = asyncio.Event()
         self._held = ExitStack()
@@ -51,6 +56,17 @@ class Arrival:
     def release(self) -> None:
         """Lets others at the machine."""
         self._held.close()
+
+    @contextmanager
+    def led_in(self, channel: Channel, most: int) -> Iterator[None]:
+        """Counts a connection through the tunnel. Raises Busy where there are as many as QEMU could want."""
+        if self._led_in[channel] >= most:
+            raise Busy(f"{most} connections for {channel} are open already, which is all that this migration needs", limit=most)
+        self._led_in[channel] += 1
+        try:
+            yield
+        finally:
+            self._led_in[channel] -= 1
 
     def tell(self) -> None:
         """Wakes everybody who waits for it."""

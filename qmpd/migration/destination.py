@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Final
 
 import msgspec
@@ -20,8 +22,6 @@ from qmpd.errors import (
     MigrationFailed,
     MonitorUnavailable,
     NotFound,
-    PeerError,
-    PeerRefused,
     QmpdError,
     WrongState,
 )
@@ -29,14 +29,17 @@ from qmpd.journal import timestamp, utc_now
 from qmpd.launching import Launch
 from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine, Publish
-from qmpd.migration.arrival import AGAIN_S, ANSWER_S, Arrival, Endings, last_words
+from qmpd.migration.arrival import ANSWER_S, Arrival, Endings, last_words
 from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.phases import FIRST, UNOWNED, Phase, Step
 from qmpd.migration.premises import Premises
-from qmpd.migration.protocol import VERSION, Acceptance, Endpoint, Handover, Offer, Standing
+from qmpd.migration.protocol import VERSION, Acceptance, Channel, Endpoint, Handover, Offer, Standing
 from qmpd.migration.reception import Arranged, Reception, remove_made
+from qmpd.migration.shipping import NO_POSTCOPY
 from qmpd.migration.survey import surveyed
+from qmpd.migration.tunnel import Meter, Near, reached
+from qmpd.migration.wondering import ASK_S, Wondering
 from qmpd.peering import Peering
 from qmpd.planning import Planning
 from qmpd.record import Definition
@@ -46,10 +49,6 @@ from qmpd.spec import Limits, MachineSpec
 from qmpd.storage import clear_unfinished, make, make_place
 from qmpd.tasks import Tasks, undivided
 
-#: The source is asked this often how it decided, once it should have said so by itself.
-ASK_S: Final = 5.0
-#: An offer after which nothing came and whose source does not answer any more is given up: it holds memory, ports and a name.
-ABANDON_S: Final = 180.0
 #: After a restart of the daemon every QEMU that answers has been taken over by then.
 FOUND_S: Final = 60.0
 _FOUND: Final = AT_REST | {State.RUNNING, State.PAUSED, State.INCOMING}
@@ -84,6 +83,7 @@ class Arrivals:
         self._endings = Endings(
             registry=registry, ledger=ledger, reception=reception, tasks=tasks, publish=publish, arrivals=self._arrivals
         )
+        self._wondering = Wondering(ledger=ledger, endings=self._endings, reception=reception, peering=peering, publish=publish)
         #: Offers for which a QEMU is being started.
         self._preparing: set[str] = set()
 
@@ -155,6 +155,26 @@ class Arrivals:
             await undivided(self._endings.discard(arrival, reason or "the source keeps the machine"), f"discard:{arrival.machine.name}")
         return self.standing(self._ledger.get(migration))
 
+    @asynccontextmanager
+    async def tunnelled(self, peer: str, migration: str, channel: Channel) -> AsyncIterator[tuple[Near, Meter]]:
+        """A connection to the QEMU that waits for what the peer sends through the API, while the block lasts.
+
+        Raises:
+            WrongState: this migration is none of that kind, or needs nothing any more.
+            Busy: it has all the connections that it needs.
+            MigrationFailed: QEMU does not listen (any more).
+        """
+        entry = self._entry(peer, migration)
+        arrival = self._arrivals.get(migration)
+        if arrival is None or arrival.acceptance is None or not entry.offer.tunnel or entry.phase is not Phase.AWAITING:
+            state = str(entry.phase) if entry.offer.tunnel else "not tunnelled"
+            raise WrongState(f"nothing is awaited through a tunnel for migration {migration}", state=state, allowed=[str(Phase.AWAITING)])
+        copied = sum(disk.how == "copy" for disk in arrival.acceptance.disks)
+        most = 1 + entry.offer.channels if channel == "memory" else 2 * copied  # a disk's may be made anew before the old one is gone
+        with arrival.led_in(channel, most):
+            async with reached(self._reception.place(arrival.machine, channel)) as near:
+                yield near, arrival.meter
+
     def standing(self, entry: Entry) -> Standing:
         """How far this side is."""
         arrival = self._arrivals.get(entry.id)
@@ -209,7 +229,7 @@ class Arrivals:
         if arrival.machine.revision and entry.phase is Phase.LOADED:  # it was committed, and the note of it was not
             entry = await self._ledger.step(entry.id, Step.TAKE)
         if entry.phase is Phase.LOADED:
-            await self._wonder(arrival)
+            await self._wondering.wonder(arrival)
         elif entry.phase is Phase.TAKEN:
             await arrival.machine.until(_FOUND, FOUND_S)
             async with arrival.lock:
@@ -231,6 +251,8 @@ class Arrivals:
     def _check(self, offer: Offer) -> None:
         if offer.protocol != VERSION:
             raise CannotMove(f"the source speaks version {offer.protocol} of the migration protocol, this host version {VERSION}")
+        if offer.tunnel and offer.postcopy:
+            raise CannotMove(NO_POSTCOPY)
         try:
             entry = self._ledger.get(offer.id)
         except NotFound:
@@ -285,7 +307,7 @@ class Arrivals:
 
     async def _attend(self, arrival: Arrival) -> None:
         """Stays with it until the whole state is here, or it is discarded."""
-        wondering = self._tasks.start(self._wonder(arrival), f"wonder:{arrival.machine.name}")
+        wondering = self._tasks.start(self._wondering.wonder(arrival), f"wonder:{arrival.machine.name}")
         try:
             await self._received(arrival)
             async with arrival.lock:
@@ -309,53 +331,6 @@ class Arrivals:
                     raise
             else:
                 return
-
-    async def _wonder(self, arrival: Arrival) -> None:
-        """Until it is decided: notices when QEMU ends, and asks the source what it decided when that does not say so by itself."""
-        silent_since: float | None = None
-        loop = asyncio.get_running_loop()
-        while self._ledger.get(arrival.migration).phase in UNOWNED:
-            try:
-                if await arrival.machine.until(AT_REST, ASK_S):
-                    await self._endings.discard(arrival, last_words(arrival.machine))
-                    return
-                async with self._peering.dial(self._peering.peers.get(arrival.peer)) as link:
-                    found = await link.standing(arrival.migration)
-                silent_since = None
-                await self._heed(arrival, found)
-            except (PeerError, NotFound) as error:
-                silent_since = silent_since or loop.time()
-                await self._doubted(arrival, error, loop.time() - silent_since)
-            except QmpdError as error:  # it could not be written down, say: the same is done again
-                _log.error("arrival does not go on", extra={"machine": arrival.machine.name, "error": error.message})
-                await asyncio.sleep(AGAIN_S)
-
-    async def _heed(self, arrival: Arrival, found: Standing) -> None:
-        """Does what the source has decided. It has journalled its decision before anybody can read it."""
-        arrival.problem = ""
-        if found.phase is Phase.KEPT:
-            await self._endings.discard(arrival, found.reason or "the source keeps the machine")
-        elif found.phase in {Phase.GIVEN, Phase.MOVED}:
-            entry = self._ledger.get(arrival.migration)
-            await undivided(
-                self._endings.take(arrival, found.handover or Handover(epoch=entry.epoch, run=entry.went)), f"take:{entry.machine}"
-            )
-
-    async def _doubted(self, arrival: Arrival, error: QmpdError, silent_s: float) -> None:
-        """What to do while the source does not say what it decided."""
-        if self._ledger.get(arrival.migration).phase is Phase.AWAITING:
-            # Nothing is lost with what is not here as a whole: the source has not given it away.
-            unknown = isinstance(error, PeerRefused)
-            if unknown or (silent_s > ABANDON_S and not await self._reception.is_receiving(arrival.machine)):
-                await self._endings.discard(arrival, f"the source is gone: {error.message}")
-            return
-        problem = f"whether {arrival.peer} has given the machine away is not known: {error.message}"
-        if problem != arrival.problem:
-            arrival.problem = problem
-            _log.error("ownership in doubt", extra={"machine": arrival.machine.name, "peer": arrival.peer, "error": error.message})
-            self._publish(
-                "migration.doubt", arrival.machine.name, {"migration": arrival.migration, "peer": arrival.peer, "reason": problem}
-            )
 
 
 def _first(peer: str, offer: Offer, arranged: Arranged) -> Entry:

@@ -20,6 +20,8 @@ ID_PATTERN: Final = r"^[0-9a-f]{16}\Z"
 #: So much of each console's log travels with the hand-over itself; what is more was sent before.
 TAIL_BYTES: Final = 64 * 1024
 
+#: What a connection of QEMU's carries that goes through the API: memory and devices, or the content of disks.
+Channel = Literal["memory", "disks"]
 MigrationId = Annotated[str, Meta(pattern=ID_PATTERN)]
 Epoch = Annotated[int, Meta(ge=1, le=2**53)]
 Bytes = Annotated[int, Meta(ge=0, le=2**60)]

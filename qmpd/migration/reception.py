@@ -19,13 +19,13 @@ from qmpd.launching import Launch
 from qmpd.lifecycle import State
 from qmpd.machine import Machine, Publish
 from qmpd.migration import capabilities, incoming
-from qmpd.migration.addresses import TcpAddress, TcpRange
+from qmpd.migration.addresses import Listening, TcpAddress, TcpRange, UnixAddress
 from qmpd.migration.capabilities import Agreed, Dials
 from qmpd.migration.incoming import STAYS, Listen
 from qmpd.migration.outgoing import Before
 from qmpd.migration.premises import is_shared
 from qmpd.migration.progress import NONE
-from qmpd.migration.protocol import Acceptance, DiskAccepted, Endpoint, Handover, Offer
+from qmpd.migration.protocol import Acceptance, Channel, DiskAccepted, Endpoint, Handover, Offer
 from qmpd.migration.qemu import ask_map, run_state
 from qmpd.migration.shipping import node_of
 from qmpd.migration.tls import ServerTls
@@ -43,6 +43,9 @@ _ANNOUNCEMENT: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 #: The source's QEMU lets go of a shared image's lock when it has said `completed`; on a network the lock may be seen later.
 LOCK_PATIENCE_S: Final = 10.0
 LOCK_AGAIN_S: Final = 0.05
+
+#: The sockets at which QEMU waits for what comes through a tunnel; no longer than the monitor's, whose length was checked.
+_PLACES: Final[dict[Channel, str]] = {"memory": "in-mem", "disks": "in-nbd"}
 
 _log = logging.getLogger(__name__)
 
@@ -123,29 +126,43 @@ class Reception:
             MigrationFailed: no port is free, or this QEMU lacks something.
             HostError: the certificates are missing.
         """
-        ports = self._settings.migration_port_range
-        where = TcpRange(host=self._settings.migration_host, first=ports.start, last=ports.stop - 1)
+        where = self._where(machine, offer)
         copied = tuple(disk.export for disk in arranged.disks if disk.export is not None)
         wanted = Listen(
-            memory=where,
-            disks_at=where if copied else None,
+            memory=where["memory"],
+            disks_at=where["disks"] if copied else None,
             disks=copied,
-            tls=ServerTls(directory=await asyncio.to_thread(directory, self._settings.pki_dir), admits=distinguished_name(peer)),
+            tls=None if offer.tunnel else await self._tls(peer),
             agreed=Agreed(channels=offer.channels, postcopy=offer.postcopy),
             stays=STAYS in launch.features,
         )
         found = await incoming.listen(machine.session, wanted)
-        if not isinstance(found.memory, TcpAddress):
-            raise CannotMove("QEMU does not listen at a port")
         nbd = found.disks_at.port if isinstance(found.disks_at, TcpAddress) else None
+        endpoint = None  # what comes through the tunnel is led on to QEMU here
+        if isinstance(found.memory, TcpAddress):
+            endpoint = Endpoint(host=found.memory.host, port=found.memory.port, tls_name=peer.owner, nbd_port=nbd)
         return Acceptance(
             id=offer.id,
-            endpoint=Endpoint(host=found.memory.host, port=found.memory.port, tls_name=peer.owner, nbd_port=nbd),
+            endpoint=endpoint,
             disks=arranged.disks,
             channels=offer.channels,
             postcopy=offer.postcopy,
             emulator_version=launch.emulator_version,
         )
+
+    def _where(self, machine: Machine, offer: Offer) -> dict[Channel, Listening]:
+        if offer.tunnel:
+            return {channel: UnixAddress(path=self.place(machine, channel)) for channel in _PLACES}
+        ports = self._settings.migration_port_range
+        where = TcpRange(host=self._settings.migration_host, first=ports.start, last=ports.stop - 1)
+        return dict.fromkeys(_PLACES, where)
+
+    async def _tls(self, peer: Peer) -> ServerTls:
+        return ServerTls(directory=await asyncio.to_thread(directory, self._settings.pki_dir), admits=distinguished_name(peer))
+
+    def place(self, machine: Machine, channel: Channel) -> str:
+        """The Unix socket at which QEMU waits for what comes through a tunnel: in a directory that is this user's alone."""
+        return self._paths(machine.name).socket(_PLACES[channel])
 
     async def received(self, machine: Machine, *, postcopy: bool) -> None:
         """Returns when the whole state is in, or with `postcopy` all that the guest needs to run while the rest of its memory follows.

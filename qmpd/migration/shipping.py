@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Final, Literal
 
 import msgspec
@@ -19,7 +20,7 @@ from qmpd.jobs import Report
 from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine
 from qmpd.migration import outgoing
-from qmpd.migration.addresses import TcpAddress
+from qmpd.migration.addresses import Address, TcpAddress, UnixAddress
 from qmpd.migration.capabilities import Agreed
 from qmpd.migration.convergence import Abilities, Abort, Decision, Pause, Postcopy, Set, Tuner, opening, unattainable
 from qmpd.migration.ledger import Entry
@@ -27,10 +28,12 @@ from qmpd.migration.measuring import sample_of
 from qmpd.migration.mirror import DiskCopy
 from qmpd.migration.outgoing import Before, Outgoing, recall
 from qmpd.migration.progress import Progress as Figures
-from qmpd.migration.protocol import VERSION, Acceptance, DiskOffer, FileMark, Offer
+from qmpd.migration.protocol import VERSION, Acceptance, Channel, DiskOffer, FileMark, Offer
 from qmpd.migration.qemu import ask_list
 from qmpd.migration.tls import ClientTls
+from qmpd.migration.tunnel import Meter, entrances, explained
 from qmpd.migrationviews import Goal, MigrateRequest, MigrationProgress, MovedDisk
+from qmpd.peers import PeerDaemon
 from qmpd.plan.disks import disk_path, is_read_only
 from qmpd.process import boot_id
 from qmpd.settings import Peer
@@ -46,16 +49,23 @@ _POSTCOPY: Final = "postcopy-ram"
 #: QEMU's run states on the way out, which say nothing of what the guest did before.
 _LEAVING: Final = frozenset({"finish-migrate", "postmigrate"})
 
+#: The sockets at which QEMU reaches the tunnel; no longer than the monitor's, whose length was checked.
+_ENTRANCES: Final[dict[Channel, str]] = {"memory": "to-mem", "disks": "to-nbd"}
+NO_POSTCOPY: Final = (
+    "memory that follows a guest which runs already cannot come through a tunnel: the guest would be lost with the daemon's connection"
+)
+
 _log = logging.getLogger(__name__)
 
 
 class Shipment:
     """One machine's QEMU on its way, kept to its goal. `went`: the guest ran when it was halted to leave."""
 
-    def __init__(self, machine: Machine, out: Outgoing, report: Report, tuner: Tuner) -> None:
+    def __init__(self, machine: Machine, out: Outgoing, report: Report, tuner: Tuner, meter: Meter | None = None) -> None:
         self.went = machine.state is State.RUNNING
         self.figures = self.last_copied = Figures()
         self.tuner = tuner
+        self.meter = meter
         self._machine = machine
         self._outgoing = out
         self._report = report
@@ -70,7 +80,7 @@ class Shipment:
 
     async def prepare(self) -> None:
         """Sets QEMU, and begins to copy disks."""
-        await self._outgoing.prepare()
+        await explained(self._outgoing.prepare(), self.meter)
 
     async def send(self) -> None:
         """Copies disks and memory; the guest is halted, and has arrived, when this returns.
@@ -78,8 +88,8 @@ class Shipment:
         Raises:
             MigrationFailed: it failed, or the goal says to give up.
         """
-        await self._outgoing.send(self._progressed)
-        await self._outgoing.switch_over()
+        await explained(self._outgoing.send(self._progressed), self.meter)
+        await explained(self._outgoing.switch_over(), self.meter)
 
     @property
     def postcopy(self) -> bool:
@@ -141,6 +151,15 @@ def progress_of(migration: MigrationProgress) -> Progress:
         eta_s=migration.eta_s,
         migration=migration,
     )
+
+
+class _Way(msgspec.Struct, frozen=True, kw_only=True):
+    """Where QEMU sends to, and what is counted on the way through a tunnel."""
+
+    memory: Address
+    disks_at: Address | None
+    tls: ClientTls | None = None
+    meter: Meter | None = None
 
 
 class Shipping:
@@ -205,30 +224,47 @@ class Shipping:
 
     @asynccontextmanager
     async def shipment(
-        self, machine: Machine, entry: Entry, accepted: Acceptance, peer: Peer, goal: Goal, report: Report
+        self, machine: Machine, entry: Entry, accepted: Acceptance, peer: Peer, link: PeerDaemon, goal: Goal, report: Report
     ) -> AsyncIterator[Shipment]:
         """The machine's QEMU on its way to where the peer listens. Leaving the block before the guest has arrived puts everything back."""
-        endpoint = accepted.endpoint
-        if endpoint is None or entry.before is None:
-            raise CannotMove("the peer named no port to send to")
-        host = peer.migration_address or peer.host
+        if entry.before is None:
+            raise CannotMove("how QEMU was set before is not known")
         abilities = Abilities(auto_converge="auto-converge" in entry.before.dials.capabilities, postcopy=accepted.postcopy)
         if (obstacle := unattainable(goal, abilities)) is not None:
             raise CannotMove(obstacle)
         begun = opening(goal, abilities)
         copied = [disk for disk in accepted.disks if disk.how == "copy" and disk.export is not None]
-        wanted = outgoing.Sending(
-            memory=TcpAddress(host=host, port=endpoint.port),
-            disks_at=None if endpoint.nbd_port is None else TcpAddress(host=host, port=endpoint.nbd_port),
-            disks=tuple(DiskCopy(node=node_of(disk.index), export=disk.export) for disk in copied if disk.export is not None),
-            tls=ClientTls(directory=await asyncio.to_thread(directory, self._pki_dir), hostname=peer.owner),
-            agreed=Agreed(channels=accepted.channels, postcopy=accepted.postcopy),
-            helping=tuple(name for name in begun.capabilities if name != _POSTCOPY),
-            parameters=dict(begun.parameters),
-            bytes_per_s=None if goal.bandwidth_mib_s is None else goal.bandwidth_mib_s * MIB,
-        )
-        async with Outgoing(machine.session, wanted, entry.before) as out:
-            yield Shipment(machine, out, report, Tuner(goal, abilities))
+        async with self._way(machine, entry, accepted, peer, link) as way:
+            wanted = outgoing.Sending(
+                memory=way.memory,
+                disks_at=way.disks_at,
+                disks=tuple(DiskCopy(node=node_of(disk.index), export=disk.export) for disk in copied if disk.export is not None),
+                tls=way.tls,
+                agreed=Agreed(channels=accepted.channels, postcopy=accepted.postcopy),
+                helping=tuple(name for name in begun.capabilities if name != _POSTCOPY),
+                parameters=dict(begun.parameters),
+                bytes_per_s=None if goal.bandwidth_mib_s is None else goal.bandwidth_mib_s * MIB,
+            )
+            async with Outgoing(machine.session, wanted, entry.before) as out:
+                yield Shipment(machine, out, report, Tuner(goal, abilities), way.meter)
+
+    @asynccontextmanager
+    async def _way(self, machine: Machine, entry: Entry, accepted: Acceptance, peer: Peer, link: PeerDaemon) -> AsyncIterator[_Way]:
+        """How the data goes: over TLS of QEMU's own, or through the API."""
+        endpoint = accepted.endpoint
+        if not entry.offer.tunnel and endpoint is not None:
+            host = peer.migration_address or peer.host
+            yield _Way(
+                memory=TcpAddress(host=host, port=endpoint.port),
+                disks_at=None if endpoint.nbd_port is None else TcpAddress(host=host, port=endpoint.nbd_port),
+                tls=ClientTls(directory=await asyncio.to_thread(directory, self._pki_dir), hostname=peer.owner),
+            )
+        elif entry.offer.tunnel and endpoint is None:
+            meter, paths = Meter(), {channel: self._paths(machine.name).socket(name) for channel, name in _ENTRANCES.items()}
+            async with entrances(paths, machine.session.process.identity.pid, partial(link.tunnel, entry.id), meter):
+                yield _Way(memory=UnixAddress(path=paths["memory"]), disks_at=UnixAddress(path=paths["disks"]), meter=meter)
+        else:
+            raise CannotMove("the peer named no port to send to" if endpoint is None else "the peer does not take it through a tunnel")
 
     async def recall(self, machine: Machine, entry: Entry) -> None:
         """Puts a machine's QEMU back to what it was before its migration began, from wherever that got to, and its guest with it."""

@@ -119,6 +119,8 @@ class Departures:
             transferred_bytes=figures.transferred_bytes,
             passes=figures.passes,
             postcopy=shipment.postcopy,
+            tunnelled=shipment.meter is not None,
+            tunnelled_bytes=0 if shipment.meter is None else shipment.meter.sent + shipment.meter.received,
             tuned=tuple(shipment.tuner.tuned),
             findings=departure.findings,
             disks=moved(accepted, shipment.last_copied),
@@ -261,7 +263,7 @@ class Departures:
             accepted = await insisted(lambda: link.offer(offer))
             departure.findings = await self._rehearsals.checked(machine, request, offer, accepted.facts)
             entry = await self._ledger.step(migration, Step.ACCEPTED)
-            async with self._shipping.shipment(machine, entry, accepted, peer, request.goal, report) as shipment:
+            async with self._shipping.shipment(machine, entry, accepted, peer, link, request.goal, report) as shipment:
                 departure.shipment = shipment
                 await shipment.prepare()
                 await self._ledger.step(migration, Step.PERFORM)

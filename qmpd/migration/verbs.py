@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from qmpd.access import Caller
 from qmpd.errors import NotFound, Problem, WrongState, invalid
@@ -16,12 +16,13 @@ from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.phases import ENDED, KEEPABLE, Phase
 from qmpd.migration.premises import Premises
-from qmpd.migration.protocol import Acceptance, DiscardRequest, Endpoint, Handover, Landed, LoadedRequest, Offer, Standing
+from qmpd.migration.protocol import Acceptance, Channel, DiscardRequest, Endpoint, Handover, Landed, LoadedRequest, Offer, Standing
 from qmpd.migration.reception import Reception
 from qmpd.migration.rehearsal import Rehearsals
-from qmpd.migration.shipping import Shipping
+from qmpd.migration.shipping import NO_POSTCOPY, Shipping
 from qmpd.migration.source import MOVABLE, Departures
 from qmpd.migration.trial import Trials
+from qmpd.migration.tunnel import Meter, Near
 from qmpd.migrationviews import GoalChanges, MigrateRequest, MigrationList, MigrationView, Owner, ResolveRequest
 from qmpd.peering import Peering
 from qmpd.planning import Planning
@@ -88,7 +89,10 @@ class Migration:
         Raises:
             NotFound, Forbidden: there is no such peer, or it may not receive machines.
             WrongState, GivenAway: the machine cannot be moved now.
+            Invalid: what is asked for cannot be had together.
         """
+        if request.tunnel and request.goal.then == "postcopy":
+            raise invalid([Problem(path="$.goal.then", message=NO_POSTCOPY)])
         machine = self._registry.get(name)
         self._peering.peers.receiver(request.peer)
         machine.definition.check_owned()
@@ -163,6 +167,10 @@ class Migration:
     async def discard(self, caller: Caller, migration: str, request: DiscardRequest) -> Standing:
         """The peer keeps a machine: what is here of it is removed."""
         return await self._arrivals.discard(self._peering.peers.asking(caller).name, migration, request.reason)
+
+    def tunnelled(self, caller: Caller, migration: str, channel: Channel) -> AbstractAsyncContextManager[tuple[Near, Meter]]:
+        """A connection to the QEMU that waits for what the peer sends through the API. Raises as `Arrivals.tunnelled`."""
+        return self._arrivals.tunnelled(self._peering.peers.asking(caller).name, migration, channel)
 
     def standing(self, caller: Caller, migration: str) -> Standing:
         """How far this host is with a migration to or from the peer that asks. Raises NotFound about any other."""
