@@ -58,6 +58,7 @@ def _figures(report: MigrationReport) -> str:
         f"{amount(report.transferred_bytes)} sent" if report.transferred_bytes else "",
         f"{report.passes} passes" if report.passes > 1 else "",
         "postcopy" if report.postcopy else "",
+        "through the API" if report.tunnelled else "",
         "" if report.encrypted else "not encrypted",
     ]
     text = ", ".join(part for part in parts if part)

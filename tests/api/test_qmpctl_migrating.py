@@ -191,9 +191,9 @@ def test_a_report_says_what_is_out_of_the_ordinary(daemon: StandIn, capsys: pyte
     moving(daemon, ended(bare))
     assert run(["migrate", "lab", "b"]) == Exit.OK
     assert capsys.readouterr().out == "lab: moved to b\n"
-    moving(daemon, ended(msgspec.structs.replace(bare, postcopy=True, encrypted=False)))
+    moving(daemon, ended(msgspec.structs.replace(bare, postcopy=True, tunnelled=True, encrypted=False)))
     assert run(["migrate", "lab", "b"]) == Exit.OK
-    assert capsys.readouterr().out == "lab: moved to b (postcopy, not encrypted)\n"
+    assert capsys.readouterr().out == "lab: moved to b (postcopy, through the API, not encrypted)\n"
     moving(daemon, ended(bare))
     assert run(["migrate", "lab", "b", "--json"]) == Exit.OK
     assert json.loads(capsys.readouterr().out)["owner"] == "destination"
