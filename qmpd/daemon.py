@@ -22,6 +22,7 @@ from qmpd.filewatch import watching
 from qmpd.inventory import Inventory
 from qmpd.jobs import open_jobs
 from qmpd.journal import open_journal
+from qmpd.migration.admission import Admissions
 from qmpd.migration.history import HistoryDesk
 from qmpd.migration.itemdesk import ItemDesk
 from qmpd.migration.ledger import open_ledger
@@ -91,8 +92,19 @@ async def running(settings: Settings, environ: Mapping[str, str], dial: Dial = n
         planning = Planning(registry, worlds)
         peering = Peering(Peers(settings.peers), dial)
         ledger = await stack.enter_async_context(open_ledger(database))
+        admissions = Admissions(registry, ledger, peering.peers)
+        items = ItemDesk(await stack.enter_async_context(background()), admissions.item)
         migration = Migration(
-            settings=settings, registry=registry, ledger=ledger, peering=peering, jobs=jobs, planning=planning, publish=bus.publish
+            settings=settings,
+            registry=registry,
+            ledger=ledger,
+            journal=journal,
+            peering=peering,
+            jobs=jobs,
+            planning=planning,
+            admissions=admissions,
+            items=items,
+            publish=bus.publish,
         )
         service = Service(
             settings=settings,
@@ -100,8 +112,8 @@ async def running(settings: Settings, environ: Mapping[str, str], dial: Dial = n
             peering=peering,
             migration=migration,
             audit=await stack.enter_async_context(open_audit(Path(settings.state_dir), settings.audit_log_mib * MIB)),
-            items=ItemDesk(await stack.enter_async_context(background())),
-            history=HistoryDesk(bus),
+            items=items,
+            history=HistoryDesk(bus, admissions.arrived),
             registry=registry,
             worlds=worlds,
             planning=planning,

@@ -9,6 +9,7 @@ from typing import Protocol
 from qmpd.access import Caller
 from qmpd.errors import Forbidden, NotFound
 from qmpd.migration.likeness import DestinationFacts
+from qmpd.migration.parcels import History, HistoryTaken, ItemStanding
 from qmpd.migration.protocol import Acceptance, Channel, DiscardRequest, Endpoint, Handover, Landed, LoadedRequest, Offer, Standing
 from qmpd.peerviews import PeerCertificate, PeerGreeting, RevocationView
 from qmpd.settings import Peer
@@ -114,6 +115,17 @@ class PeerDaemon(Protocol):
 
     def tunnel(self, migration: str, channel: Channel) -> AbstractAsyncContextManager[Stream]:
         """A stream to where its QEMU waits for this."""
+
+    # What belongs to a machine, and what happened to it.
+
+    async def item(self, migration: str, item: str) -> ItemStanding:
+        """How much of an item it has."""
+
+    async def put_item(self, migration: str, item: str, offset: int, data: bytes) -> ItemStanding:
+        """Hands in a piece of an item."""
+
+    async def tell_history(self, migration: str, history: History) -> HistoryTaken:
+        """Tells what happened to a machine that is there now."""
 
 
 #: A connection to a peer for as long as the block runs; nothing is sent before the first question. Raises HostError without certificates.

@@ -67,4 +67,4 @@ async def discard(call: Call[DiscardRequest, Query]) -> Standing:
 
 async def standing(call: Call[None, Query]) -> Standing:
     """How far this host is."""
-    return call.service.migration.standing(call.caller, call.id)
+    return await call.service.migration.standing(call.caller, call.id)

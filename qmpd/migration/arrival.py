@@ -16,9 +16,10 @@ from qmpd.errors import Busy, Forbidden, MonitorUnavailable, QemuSilent, QmpdErr
 from qmpd.failpoint import passing
 from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine, Publish
-from qmpd.migration.ledger import Ledger
-from qmpd.migration.phases import UNOWNED, Phase, Step
-from qmpd.migration.protocol import Acceptance, Channel, Handover
+from qmpd.migration.admission import Admissions
+from qmpd.migration.ledger import Entry, Ledger
+from qmpd.migration.phases import OWNED, UNOWNED, Phase, Step
+from qmpd.migration.protocol import Acceptance, Channel, ConsoleEnd, Handover, LogReceived, console_end
 from qmpd.migration.reception import Reception, remove_made
 from qmpd.migration.tunnel import Meter
 from qmpd.record import mark_begun, write_record
@@ -83,6 +84,7 @@ class Endings:
         registry: Registry,
         ledger: Ledger,
         reception: Reception,
+        admissions: Admissions,
         tasks: Tasks,
         publish: Publish,
         arrivals: dict[str, Arrival],
@@ -90,6 +92,7 @@ class Endings:
         self._registry = registry
         self._ledger = ledger
         self._reception = reception
+        self._admissions = admissions
         self._tasks = tasks
         self._publish = publish
         self._arrivals = arrivals
@@ -110,8 +113,8 @@ class Endings:
                     raise Forbidden(f"the machine was offered under epoch {entry.epoch}, not {handover.epoch}")
                 if not await self._ready_to_run(arrival):
                     return
-                await self._reception.unpack(arrival.machine, handover)
-                await self._own(arrival, went=handover.run)
+                ends = await self._unpack(arrival, handover)
+                await self._own(arrival, went=handover.run, log_ends={end.port: end.end for end in ends})
             if self._ledger.get(arrival.migration).phase is Phase.TAKEN:
                 await self.set_going(arrival)
 
@@ -128,12 +131,30 @@ class Endings:
             raise QemuSilent(f"the destination's QEMU is {machine.state}: ask again", state=str(machine.state))
         return True
 
-    async def _own(self, arrival: Arrival, *, went: bool) -> None:
+    async def _unpack(self, arrival: Arrival, handover: Handover) -> tuple[ConsoleEnd, ...]:
+        """Puts what came where it belongs; where the logs ended. One of which the source said nothing goes on where it ends here."""
+        machine, entry = arrival.machine, self._ledger.get(arrival.migration)
+        said = {end.port: end for end in handover.consoles}
+        came = await self._reception.logs(self._admissions.delivery(entry, tuple(machine.consoles)))
+        missing = [console_end(log.port, log.received, log.received) for log in came if log.port not in said]
+        ends = (*handover.consoles, *missing)
+        self._admissions.logs_end(entry.id, {end.port: end.end for end in ends})
+        await self._reception.unpack(machine, self._admissions.delivery(entry, tuple(machine.consoles)), ends)
+        return ends
+
+    async def logs(self, entry: Entry) -> tuple[LogReceived, ...]:
+        """How much is here of the logs of a machine that this host has taken, as long as it is here."""
+        machine = self._registry.known(entry.machine)
+        if machine is None or entry.phase not in OWNED or machine.definition.arrived != entry.id:
+            return ()
+        return await self._reception.logs(self._admissions.delivery(entry, tuple(machine.consoles)))
+
+    async def _own(self, arrival: Arrival, *, went: bool, log_ends: dict[int, int]) -> None:
         """The commit by which this host becomes the owner. The note of it shares the transaction wherever it can."""
         machine = arrival.machine
         await passing("ownership-take")
         stored = self._registry.store(machine, machine.definition, machine.revision)
-        noted = self._ledger.step(arrival.migration, Step.TAKE, went=went)
+        noted = self._ledger.step(arrival.migration, Step.TAKE, went=went, log_ends=log_ends)
         owned, written = await asyncio.gather(stored, noted, return_exceptions=True)
         for failure in (owned, written):
             if isinstance(failure, BaseException):
@@ -217,6 +238,7 @@ class Endings:
     async def end(self, arrival: Arrival) -> None:
         """Nothing is left to be done: lets others at the machine."""
         await self._ledger.settle(arrival.migration)
+        self._admissions.forget(arrival.migration)
         self._arrivals.pop(arrival.migration, None)
         arrival.release()
         arrival.tell()

@@ -17,14 +17,13 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
 from qmpd import segments
 from qmpd.capture import trim_now
 from qmpd.console import Console
 from qmpd.errors import QmpdError
 from qmpd.failpoint import failpoint
 from qmpd.migration.arrivingfiles import private, sync, trouble, write_all
+from qmpd.migration.protocol import ConsoleEnd, console_end
 from qmpd.plan import SerialPipe
 
 #: What is sent at once: well below what a request may have.
@@ -40,15 +39,6 @@ _log = logging.getLogger(__name__)
 
 #: Takes bytes to the destination, the first of which has the number that is given.
 Send = Callable[[int, bytes], Awaitable[object]]
-
-
-class LogTail(msgspec.Struct, frozen=True, kw_only=True):
-    """The end of a serial port's log, when its guest has stopped: where it is, and bytes that were not sent before."""
-
-    port: int
-    end: int
-    offset: int
-    data: bytes
 
 
 class LogSender:
@@ -69,12 +59,12 @@ class LogSender:
                 if len(data) < CHUNK_BYTES:
                     await asyncio.sleep(PACE_S)
 
-    async def tail(self, limit: int) -> LogTail:
+    async def tail(self, limit: int) -> ConsoleEnd:
         """The end of the log of a guest that has stopped, with up to `limit` of the bytes that were not sent yet."""
         await self._console.load()
         end = self._console.end
         offset, data = await self._console.read(self.sent, limit)
-        return LogTail(port=self._port, end=end, offset=offset, data=data)
+        return console_end(self._port, end, offset, data)
 
     async def finish(self, received: int, end: int) -> None:
         """Sends what the destination has not got of a log that ended at `end`: it says that it `received` what is before that."""
@@ -194,7 +184,7 @@ class ArrivingLog:
             room -= size
 
 
-def settle_numbering(pipes: Iterable[SerialPipe], tails: Sequence[LogTail], cap_bytes: int) -> dict[int, int]:
+def settle_numbering(pipes: Iterable[SerialPipe], tails: Sequence[ConsoleEnd], cap_bytes: int) -> dict[int, int]:
     """Numbers the logs of all serial ports of a machine, and writes their tails. Returns what was received of each; the source sends what
     is missing then, while the guest runs. May be called again, like `ArrivingLog.settle`. Blocks.
 
@@ -211,7 +201,7 @@ def settle_numbering(pipes: Iterable[SerialPipe], tails: Sequence[LogTail], cap_
         log = ArrivingLog(pipe.log, cap_bytes)
         log.settle(pipe.path, tail.end)
         try:
-            received[tail.port] = log.write(tail.offset, tail.data)
+            received[tail.port] = log.write(tail.offset, tail.tail)
         except QmpdError as error:
             _log.warning("the end of a console's log was not written", extra={"path": pipe.log, "error": error.message})
             received[tail.port] = log.received()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Final, TypeVar
 
 import msgspec
@@ -13,13 +14,15 @@ import msgspec
 from qmpd import power
 from qmpd.errors import CannotMove, MigrationFailed, NoSpace, PeerError, PeerRefused, QmpdError
 from qmpd.failpoint import passing
+from qmpd.journal import Journal
 from qmpd.machine import Machine, Publish
 from qmpd.migration.addresses import Address, TcpAddress
+from qmpd.migration.belongings import REST_LIMIT_S, Belongings, bare_ends
 from qmpd.migration.discrepancy import found
 from qmpd.migration.following import follow
-from qmpd.migration.ledger import Entry, Ledger
+from qmpd.migration.ledger import Ledger
 from qmpd.migration.phases import Phase, Step
-from qmpd.migration.protocol import Handover
+from qmpd.migration.protocol import ConsoleEnd, Handover, Standing
 from qmpd.migration.shipping import Shipment, Shipping
 from qmpd.migrationviews import MigrationFinding
 from qmpd.peers import PeerDaemon
@@ -58,6 +61,7 @@ class Departure:
         self.decided = asyncio.Event()
         #: What is under way, while it is; and the goal that it is kept to.
         self.shipment: Shipment | None = None
+        self.belongings: Belongings | None = None
         self.job: str | None = None
         #: What was found before it, and did not prevent it.
         self.findings: tuple[MigrationFinding, ...] = ()
@@ -76,9 +80,17 @@ class Deliveries:
     """Carries out what was decided with the commit that gives a machine away. `departures` are those of `Departures`, by migration."""
 
     def __init__(
-        self, *, registry: Registry, ledger: Ledger, shipping: Shipping, publish: Publish, departures: dict[str, Departure]
+        self,
+        *,
+        registry: Registry,
+        ledger: Ledger,
+        journal: Journal,
+        shipping: Shipping,
+        publish: Publish,
+        departures: dict[str, Departure],
     ) -> None:
         self._registry = registry
+        self._journal = journal
         self._ledger = ledger
         self._shipping = shipping
         self._publish = publish
@@ -86,9 +98,10 @@ class Deliveries:
         #: The daemon ends: what cannot be done now is left to the next one.
         self.closing = False
 
-    def handover(self, entry: Entry) -> Handover:
+    def handover(self, departure: Departure) -> Handover:
         """What the new owner is told."""
-        return Handover(epoch=entry.epoch, run=entry.went)
+        entry = self._ledger.get(departure.migration)
+        return Handover(epoch=entry.epoch, run=entry.went, consoles=ends_of(departure))
 
     async def _follow(self, departure: Departure, link: PeerDaemon, peer: Peer) -> None:
         """In postcopy: stays until the guest has all of its memory at the destination."""
@@ -111,11 +124,11 @@ class Deliveries:
         Raises:
             MigrationFailed: the destination had discarded it before, and it is here again.
         """
-        entry = self._ledger.get(departure.migration)
+        entry, handover = self._ledger.get(departure.migration), self.handover(departure)
         pause = AGAIN_S
         while not departure.decided.is_set():
             try:
-                found = await asked(lambda: link.take(entry.id, self.handover(entry)))
+                found = await asked(lambda: link.take(entry.id, handover))
             except PeerError as error:
                 self._doubted(departure, error)
                 pause = await _waited(departure.decided, pause)
@@ -127,6 +140,7 @@ class Deliveries:
                 if entry.offer.postcopy:
                     await self._follow(departure, link, peer)
                 await self._ledger.step(entry.id, Step.CONFIRM, reason=found.reason)
+                await self.follow(departure, link, found)
                 await undivided(self.clear(departure), f"clear:{entry.machine}")
                 return
             self._doubted(departure, MigrationFailed(f"the destination says that it is {found.phase}"))
@@ -191,6 +205,33 @@ class Deliveries:
         self._departures.pop(entry.id, None)
         departure.release()
         self._publish("migration.moved", machine.name, {"migration": entry.id, "peer": entry.peer})
+
+    async def follow(self, departure: Departure, link: PeerDaemon, found: Standing | None = None) -> None:
+        """Sends what the new owner has not got of the logs, and tells what happened here. Nothing of that is worth waiting for ever.
+
+        `found` is how far that host was, if it has just said so. Who is cancelled leaves it to the next daemon.
+        """
+        belongings = departure.belongings or Belongings(departure.machine, departure.migration, link, self._journal)
+        try:
+            async with asyncio.timeout(REST_LIMIT_S):
+                while True:
+                    try:
+                        if found is None:
+                            found = await asked(partial(link.standing, departure.migration))
+                        await belongings.finish(found.logs)
+                        break
+                    except PeerRefused:
+                        raise
+                    except PeerError:
+                        found = None
+                    await asyncio.sleep(AGAIN_S)
+        except (PeerRefused, TimeoutError, OSError) as error:
+            _log.warning("the end of a log was not sent", extra={"machine": departure.machine.name, "error": str(error)})
+
+
+def ends_of(departure: Departure) -> tuple[ConsoleEnd, ...]:
+    """Where the logs of a machine ended whose guest stands still here for good."""
+    return departure.belongings.ends if departure.belongings is not None else bare_ends(departure.machine)
 
 
 async def asked(question: Callable[[], Awaitable[T]]) -> T:

@@ -29,13 +29,14 @@ from qmpd.journal import timestamp, utc_now
 from qmpd.launching import Launch
 from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine, Publish
+from qmpd.migration.admission import Admissions
 from qmpd.migration.arrival import ANSWER_S, Arrival, Endings, last_words
 from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.phases import FIRST, UNOWNED, Phase, Step
 from qmpd.migration.premises import Premises
 from qmpd.migration.protocol import VERSION, Acceptance, Channel, Endpoint, Handover, Offer, Standing
-from qmpd.migration.reception import Arranged, Reception, remove_made
+from qmpd.migration.reception import Arranged, Reception, kept_ports, remove_made
 from qmpd.migration.shipping import NO_POSTCOPY
 from qmpd.migration.survey import surveyed
 from qmpd.migration.tunnel import Meter, Near, reached
@@ -67,6 +68,7 @@ class Arrivals:
         planning: Planning,
         premises: Premises,
         reception: Reception,
+        admissions: Admissions,
         peering: Peering,
         tasks: Tasks,
         publish: Publish,
@@ -76,12 +78,19 @@ class Arrivals:
         self._planning = planning
         self._premises = premises
         self._reception = reception
+        self._admissions = admissions
         self._peering = peering
         self._tasks = tasks
         self._publish = publish
         self._arrivals: dict[str, Arrival] = {}
         self._endings = Endings(
-            registry=registry, ledger=ledger, reception=reception, tasks=tasks, publish=publish, arrivals=self._arrivals
+            registry=registry,
+            ledger=ledger,
+            reception=reception,
+            admissions=admissions,
+            tasks=tasks,
+            publish=publish,
+            arrivals=self._arrivals,
         )
         self._wondering = Wondering(ledger=ledger, endings=self._endings, reception=reception, peering=peering, publish=publish)
         #: Offers for which a QEMU is being started.
@@ -132,7 +141,7 @@ class Arrivals:
         arrival = self._arrivals.get(migration)
         if arrival is not None:
             await undivided(self._endings.take(arrival, handover), f"take:{entry.machine}")
-        return self.standing(self._ledger.get(migration))
+        return await self.answer(self._ledger.get(migration))
 
     async def recover(self, peer: Peer, migration: str) -> Endpoint:
         """Memory that follows its guest stopped to come: QEMU listens again.
@@ -174,6 +183,10 @@ class Arrivals:
         with arrival.led_in(channel, most):
             async with reached(self._reception.place(arrival.machine, channel)) as near:
                 yield near, arrival.meter
+
+    async def answer(self, entry: Entry) -> Standing:
+        """How far this side is, and how much of the logs of a machine that it has taken is here."""
+        return msgspec.structs.replace(self.standing(entry), logs=await self._endings.logs(entry))
 
     def standing(self, entry: Entry) -> Standing:
         """How far this side is."""
@@ -289,6 +302,7 @@ class Arrivals:
             await asyncio.to_thread(make_place, state_dir)
             await make(arranged.made, ())
             launch = await self._reception.launch(entry.offer, _unlimited(entry.offer, arranged.spec, facts), self._planning)
+            await self._reception.announced(self._admissions.delivery(entry, kept_ports(launch)))
             await make(launch.plan.blank_images, launch.plan.copies)
         except BaseException as error:
             await self._ledger.step(entry.id, Step.DISCARD, reason=str(error))

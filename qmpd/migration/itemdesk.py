@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Final
 
@@ -18,10 +19,12 @@ from qmpd.access import Caller
 from qmpd.errors import AlreadyExists, Forbidden, HostError, NoSpace, NotFound, WrongState
 from qmpd.facts import MachinePaths
 from qmpd.migration.arrivingfiles import Arriving, ArrivingFile, ArrivingVariables
-from qmpd.migration.consolelogs import ArrivingLog
+from qmpd.migration.consolelogs import ArrivingLog, settle_numbering
 from qmpd.migration.extents import fingerprint
-from qmpd.migration.items import Target, check_parcels, targets
+from qmpd.migration.items import Target, check_parcels, log_item, targets
 from qmpd.migration.parcels import ItemStanding, Parcel
+from qmpd.migration.protocol import ConsoleEnd, LogReceived
+from qmpd.plan import SerialPipe
 from qmpd.spec import MachineSpec
 from qmpd.storage import examine
 from qmpd.tasks import Tasks, undivided
@@ -59,6 +62,10 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
         """How long they are."""
         return {parcel.item: parcel.size for parcel in self.parcels}
 
+    def log_end(self, item: str) -> int | None:
+        """Where this log ended at the source, if it is a log and that is known."""
+        return next((end for port, end in self.log_ends.items() if log_item(port) == item), None)
+
 
 #: Says what a peer may hand in for a migration at the moment. Raises NotFound where this peer has no such migration to this host, and
 #: WrongState where it is over, or not so far yet.
@@ -92,7 +99,8 @@ class ItemDesk:
     # For peers.
 
     async def put(self, caller: Caller, migration: str, item: str, offset: int, data: bytes) -> ItemStanding:
-        """Takes a piece of an item. The same piece may come again.
+        """Takes a piece of an item. The same piece may come again. Where all of the log of a machine that is this host's own has come, the
+        answer says that it outlives a crash of the host.
 
         Raises:
             NotFound: the peer has no such migration, or did not announce this item.
@@ -105,7 +113,8 @@ class ItemDesk:
         if delivery.arrived and not isinstance(slot.arriving, ArrivingLog):
             raise WrongState("the machine is here already, and its files are its own", state="arrived", allowed=["awaiting"])
         # A thread goes on when its caller has left: nobody else may write before it has ended.
-        received = await undivided(_written(slot, offset, data), f"item:{migration}:{item}")
+        end = delivery.log_end(item) if delivery.arrived else None
+        received = await undivided(_written(slot, offset, data, end), f"item:{migration}:{item}")
         return ItemStanding(item=item, received=received, size=slot.size)
 
     async def item(self, caller: Caller, migration: str, item: str) -> ItemStanding:
@@ -147,6 +156,26 @@ class ItemDesk:
         for item, target in delivery.targets().items():
             if delivery.live and target.kind == "vars":
                 await asyncio.to_thread(ArrivingVariables(target.path, delivery.sizes()[item]).make)
+
+    async def number(self, delivery: Delivery, pipes: Sequence[SerialPipe], ends: Sequence[ConsoleEnd]) -> None:
+        """Numbers the logs of a machine that runs here next (`consolelogs.settle_numbering`); `delivery` says where they ended.
+
+        Raises:
+            HostError, NoSpace: a log cannot be numbered now.
+        """
+        async with AsyncExitStack() as stack:  # who hands in a piece meanwhile waits, and then it is another log
+            for item, target in delivery.targets().items():
+                if target.kind == "log":
+                    await stack.enter_async_context(self._slot(delivery, item).writing)
+            await asyncio.to_thread(settle_numbering, pipes, ends, delivery.log_cap_bytes)
+
+    async def logs(self, delivery: Delivery) -> tuple[LogReceived, ...]:
+        """How much is here of each log that was announced."""
+        known = delivery.targets()
+        ports = [port for port in delivery.serial_ports if log_item(port) in known]
+        logs = [self._slot(delivery, log_item(port)).arriving for port in ports]
+        received = await asyncio.to_thread(lambda: [log.received() for log in logs])
+        return tuple(LogReceived(port=port, received=count) for port, count in zip(ports, received, strict=True))
 
     async def place(self, delivery: Delivery) -> None:
         """Gives everything its name: the machine is this host's. May be repeated.
@@ -194,12 +223,16 @@ class ItemDesk:
                 digest.cancel()
 
 
-async def _written(slot: _Slot, offset: int, data: bytes) -> int:
+async def _written(slot: _Slot, offset: int, data: bytes, end: int | None) -> int:
+    """Writes a piece. The last one of a log that ended at `end` is written for good."""
     async with slot.writing:
         if slot.digest is not None:
             slot.digest.cancel()  # of what was there before
             slot.digest = None
-        return await asyncio.to_thread(slot.arriving.write, offset, data)
+        received = await asyncio.to_thread(slot.arriving.write, offset, data)
+        if end is not None and offset + len(data) >= end and isinstance(slot.arriving, ArrivingLog):
+            await asyncio.to_thread(slot.arriving.secure)
+        return received
 
 
 async def _digest(whole: Path) -> str | HostError:
@@ -223,7 +256,7 @@ def _opened(delivery: Delivery, item: str, target: Target) -> _Slot:
 def _arriving(delivery: Delivery, item: str, target: Target) -> Arriving:
     size = delivery.sizes()[item]
     if target.kind == "log":
-        return ArrivingLog(target.path, delivery.log_cap_bytes, end=delivery.log_ends.get(int(item.partition("-")[2])))
+        return ArrivingLog(target.path, delivery.log_cap_bytes, end=delivery.log_end(item))
     if target.kind == "vars" and delivery.live:
         return ArrivingVariables(target.path, size)
     return ArrivingFile(target.path, delivery.migration, size)

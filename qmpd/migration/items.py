@@ -53,9 +53,14 @@ def _targets(spec: MachineSpec, paths: MachinePaths, serial_ports: Sequence[int]
     if isinstance(spec.firmware, PflashFirmware):
         yield "vars", Target(kind="vars", path=paths.variables, limit=MAX_VARIABLES_BYTES)
     for port in serial_ports:
-        yield f"log-{port}", Target(kind="log", path=paths.log(f"serial{port}"))
+        yield log_item(port), Target(kind="log", path=paths.log(f"serial{port}"))
     yield "stderr", Target(kind="stderr", path=paths.log("stderr"))
     yield "exit", Target(kind="exit", path=f"{paths.state}/{ENDING_NAME}", limit=MAX_EXIT_BYTES)
+
+
+def log_item(port: int) -> str:
+    """The item that the log of a serial port is."""
+    return f"log-{port}"
 
 
 def check_parcels(parcels: Sequence[Parcel], known: dict[str, Target]) -> None:

@@ -31,7 +31,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
     `id` and `epoch` are the source's. `reason` says why it was kept or discarded. `settled` means that nothing is left to be done for
     it, and that the peer has heard what it must hear. `offer` is what the source offered; `went` that the guest ran when it was halted.
-    `before` is how this side's QEMU was set before the migration, `made` the files outside of the machine's own directory that were made.
+    `before` is how this side's QEMU was set before the migration, `made` the files outside of the machine's own directory that were made,
+    `log_ends` where the logs of its serial ports ended at the source.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     changed_at: str
     before: Before | None = None
     made: tuple[str, ...] = ()
+    log_ends: dict[int, int] = {}
     reason: str = ""
     settled: bool = False
 

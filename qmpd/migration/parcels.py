@@ -14,6 +14,8 @@ from qmpd.viewbase import Request, View
 ITEM_PATTERN: Final = r"^(?:(?:disk|log)-(?:0|[1-9][0-9]?)|vars|stderr|exit)\Z"
 #: Larger than any file system takes as one file today; sizes come from outside.
 MAX_BYTES: Final = 2**50
+#: Every disk that a definition may have, its logs, and what else there is of it.
+MAX_PARCELS: Final = 64
 #: Of a machine's events so many of the newest are told.
 TOLD_EVENTS: Final = 1_000
 TIME_PATTERN: Final = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z\Z"

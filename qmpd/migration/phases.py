@@ -86,6 +86,8 @@ FIRST: Final[dict[Role, Phase]] = {"source": _P.BEGUN, "destination": _P.AWAITIN
 KEEPABLE: Final = frozenset({_P.BEGUN, _P.PREPARED, _P.PERFORMING})
 #: Phases of the destination in which the machine is not its own.
 UNOWNED: Final = frozenset({_P.AWAITING, _P.LOADED})
+#: Phases of the destination in which it is.
+OWNED: Final = frozenset({_P.TAKEN, _P.ARRIVED})
 #: Phases in which a side has decided, once and for all.
 ENDED: Final = frozenset({_P.MOVED, _P.KEPT, _P.ARRIVED, _P.DISCARDED})
 

@@ -6,25 +6,30 @@ could misunderstand another one's offer; a destination refuses what it does not 
 
 from __future__ import annotations
 
+from binascii import a2b_base64, b2a_base64
+from math import ceil
 from typing import Annotated, Final, Literal
 
 from msgspec import Meta
 
 from qmpd.migration.likeness import DestinationFacts
+from qmpd.migration.parcels import MAX_PARCELS, Parcel
 from qmpd.migration.phases import Phase, Role
 from qmpd.spec import DiskFormat, MachineSpec, Path, Text, Word
 from qmpd.viewbase import Request, View
 
 VERSION: Final = 1
 ID_PATTERN: Final = r"^[0-9a-f]{16}\Z"
-#: So much of each console's log travels with the hand-over itself; what is more was sent before.
+#: So much of each console's log travels with the hand-over itself; most was sent before, and what is more follows while the guest runs.
 TAIL_BYTES: Final = 64 * 1024
+MAX_PORTS: Final = 4
 
 #: What a connection of QEMU's carries that goes through the API: memory and devices, or the content of disks.
 Channel = Literal["memory", "disks"]
 MigrationId = Annotated[str, Meta(pattern=ID_PATTERN)]
 Epoch = Annotated[int, Meta(ge=1, le=2**53)]
 Bytes = Annotated[int, Meta(ge=0, le=2**60)]
+Port = Annotated[int, Meta(ge=0, lt=MAX_PORTS)]
 
 
 class FileMark(Request, frozen=True, kw_only=True):
@@ -53,8 +58,8 @@ class DiskOffer(Request, frozen=True, kw_only=True):
 
 
 class Offer(Request, frozen=True, kw_only=True):
-    """A machine that another host offers to hand over. `state` is what it does there now. `unlimited`: it is taken without its limits where
-    they cannot be kept."""
+    """A machine that another host offers to hand over. `state` is what it does there now, `parcels` what it brings beside its memory.
+    `unlimited`: it is taken without its limits where they cannot be kept."""
 
     protocol: int
     id: MigrationId
@@ -68,6 +73,7 @@ class Offer(Request, frozen=True, kw_only=True):
     accel: Literal["kvm", "tcg"]
     emulator_version: Text
     disks: tuple[DiskOffer, ...] = ()
+    parcels: Annotated[tuple[Parcel, ...], Meta(max_length=MAX_PARCELS)] = ()
     channels: Annotated[int, Meta(ge=0, le=255)] = 0
     postcopy: bool = False
     tunnel: bool = False
@@ -109,11 +115,26 @@ class Acceptance(View, frozen=True, kw_only=True):
 
 
 class ConsoleEnd(Request, frozen=True, kw_only=True):
-    """Where the log of a serial port ended when the guest was halted, and its last bytes: `tail` ends at `end`."""
+    """Where the log of a serial port ended when the guest was halted, and some that was not sent before, from `offset` on, in base64."""
 
-    port: Annotated[int, Meta(ge=0, le=3)]
+    port: Port
     end: Bytes
-    tail: Annotated[bytes, Meta(max_length=TAIL_BYTES)] = b""
+    offset: Bytes
+    data: Annotated[str, Meta(max_length=4 * ceil(TAIL_BYTES / 3))] = ""
+
+    def __post_init__(self) -> None:
+        if len(self.tail) > TAIL_BYTES:
+            raise ValueError(f"`data` stands for more than {TAIL_BYTES} bytes")
+
+    @property
+    def tail(self) -> bytes:
+        """The bytes that `data` stands for. Raises ValueError where it is no base64, which no decoded one is."""
+        return a2b_base64(self.data, strict_mode=True)
+
+
+def console_end(port: int, end: int, offset: int, tail: bytes = b"") -> ConsoleEnd:
+    """One with these bytes."""
+    return ConsoleEnd(port=port, end=end, offset=offset, data=b2a_base64(tail, newline=False).decode())
 
 
 class Handover(Request, frozen=True, kw_only=True):
@@ -121,7 +142,7 @@ class Handover(Request, frozen=True, kw_only=True):
 
     epoch: Epoch
     run: bool
-    consoles: Annotated[tuple[ConsoleEnd, ...], Meta(max_length=4)] = ()
+    consoles: Annotated[tuple[ConsoleEnd, ...], Meta(max_length=MAX_PORTS)] = ()
 
 
 class LoadedRequest(Request, frozen=True, kw_only=True):
@@ -146,8 +167,16 @@ class Landed(View, frozen=True, kw_only=True):
     bytes: int
 
 
+class LogReceived(View, frozen=True, kw_only=True):
+    """How much the destination has of a serial port's log."""
+
+    port: int
+    received: int
+
+
 class Standing(View, frozen=True, kw_only=True):
-    """How far a side is, as it wrote it down. `problem` is what keeps it from going on; `handover` is there once the source has given."""
+    """How far a side is, as it wrote it down. `problem` is what keeps it from going on; `handover` is there once the source has given,
+    `logs` once the destination has taken: the source sends what is missing of them."""
 
     id: str
     machine: str
@@ -157,3 +186,4 @@ class Standing(View, frozen=True, kw_only=True):
     reason: str = ""
     problem: str = ""
     handover: Handover | None = None
+    logs: tuple[LogReceived, ...] = ()

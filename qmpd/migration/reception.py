@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -22,14 +22,15 @@ from qmpd.migration import capabilities, incoming
 from qmpd.migration.addresses import Listening, TcpAddress, TcpRange, UnixAddress
 from qmpd.migration.capabilities import Agreed, Dials
 from qmpd.migration.incoming import STAYS, Listen
+from qmpd.migration.itemdesk import Delivery, ItemDesk
 from qmpd.migration.outgoing import Before
 from qmpd.migration.premises import is_shared
 from qmpd.migration.progress import NONE
-from qmpd.migration.protocol import Acceptance, Channel, DiskAccepted, Endpoint, Handover, Offer
+from qmpd.migration.protocol import Acceptance, Channel, ConsoleEnd, DiskAccepted, Endpoint, LogReceived, Offer
 from qmpd.migration.qemu import ask_map, run_state
 from qmpd.migration.shipping import node_of
 from qmpd.migration.tls import ServerTls
-from qmpd.plan import BlankImage, without_forwards
+from qmpd.plan import BlankImage, SerialPipe, without_forwards
 from qmpd.plan.disks import disk_path
 from qmpd.planning import Planning
 from qmpd.power import EFFECT_DEADLINE_S
@@ -43,6 +44,9 @@ _ANNOUNCEMENT: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 #: The source's QEMU lets go of a shared image's lock when it has said `completed`; on a network the lock may be seen later.
 LOCK_PATIENCE_S: Final = 10.0
 LOCK_AGAIN_S: Final = 0.05
+#: Renaming a few files either works or does not; the guest stands still meanwhile.
+NUMBERING_ATTEMPTS: Final = 3
+NUMBERING_AGAIN_S: Final = 0.2
 
 #: The sockets at which QEMU waits for what comes through a tunnel; no longer than the monitor's, whose length was checked.
 _PLACES: Final[dict[Channel, str]] = {"memory": "in-mem", "disks": "in-nbd"}
@@ -64,9 +68,10 @@ class Arranged(msgspec.Struct, frozen=True, kw_only=True):
 class Reception:
     """Receives machines on one host."""
 
-    def __init__(self, settings: Settings, paths: Callable[[str], MachinePaths], publish: Publish) -> None:
+    def __init__(self, settings: Settings, paths: Callable[[str], MachinePaths], desk: ItemDesk, publish: Publish) -> None:
         self._settings = settings
         self._paths = paths
+        self._desk = desk
         self._publish = publish
 
     async def arranged(self, offer: Offer, spec: MachineSpec) -> Arranged:
@@ -202,8 +207,38 @@ class Reception:
             return False
         return True
 
-    async def unpack(self, machine: Machine, handover: Handover) -> None:
-        """Puts what came with the hand-over where it belongs, before the guest runs. May be repeated."""
+    async def announced(self, delivery: Delivery) -> None:
+        """Whether what comes beside the memory fits, and what of it must be there before QEMU is.
+
+        Raises:
+            Invalid, AlreadyExists, Forbidden, NotFound, NoSpace: it does not.
+        """
+        await self._desk.prepare(delivery, self._settings.pools)
+
+    async def unpack(self, machine: Machine, delivery: Delivery, ends: Sequence[ConsoleEnd]) -> None:
+        """Puts what came where it belongs, before the guest runs. May be repeated.
+
+        A guest is more than its log: one that cannot be numbered is left as it is.
+        """
+        pipes = [SerialPipe(id=name, path=path, log=delivery.paths.log(name)) for name, path in self._pipes(machine).items()]
+        for attempt in range(NUMBERING_ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(NUMBERING_AGAIN_S)
+            try:
+                await self._desk.number(delivery, pipes, ends)
+                break
+            except QmpdError as error:
+                _log.error("console logs are not numbered", extra={"machine": machine.name, "error": error.message})
+        for port, console in machine.consoles.items():
+            if (path := self._pipes(machine).get(f"serial{port}")) is not None:
+                await console.moved(path)
+
+    def _pipes(self, machine: Machine) -> Mapping[str, str]:
+        return machine.launch.pipes if machine.launch is not None else {}
+
+    async def logs(self, delivery: Delivery) -> tuple[LogReceived, ...]:
+        """How much is here of the logs."""
+        return await self._desk.logs(delivery)
 
     async def go(self, machine: Machine, *, run: bool) -> None:
         """Sets the guest going if it ran at the source.
@@ -242,6 +277,11 @@ class Reception:
                 self._publish("machine.forward-lost", machine.name, {"reason": warning})
         except QmpdError as error:
             _log.warning("after a migration something was not put back", extra={"machine": machine.name, "error": error.message})
+
+
+def kept_ports(launch: Launch) -> tuple[int, ...]:
+    """The serial ports whose logs are kept here."""
+    return tuple(int(name.removeprefix("serial")) for name in launch.plan.serial_pipes())
 
 
 def remove_made(paths: tuple[str, ...]) -> None:

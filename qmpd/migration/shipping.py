@@ -21,6 +21,7 @@ from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine
 from qmpd.migration import outgoing
 from qmpd.migration.addresses import Address, TcpAddress, UnixAddress
+from qmpd.migration.belongings import announced
 from qmpd.migration.capabilities import Agreed
 from qmpd.migration.convergence import Abilities, Abort, Decision, Pause, Postcopy, Set, Tuner, opening, unattainable
 from qmpd.migration.ledger import Entry
@@ -192,6 +193,7 @@ class Shipping:
             accel=launch.accel,
             emulator_version=launch.emulator_version,
             disks=disks,
+            parcels=announced(machine),
             channels=request.channels,
             postcopy=request.goal.then == "postcopy",
             tunnel=request.tunnel,

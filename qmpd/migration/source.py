@@ -10,17 +10,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from contextlib import suppress
 from functools import partial
 from typing import Final
 
 import msgspec
 
-from qmpd.errors import Busy, MigrationFailed, NoSpace, PeerError, QmpdError, StaleRevision, WrongState
+from qmpd.errors import (
+    Busy,
+    HostError,
+    MigrationFailed,
+    NoSpace,
+    NotFound,
+    PeerError,
+    QmpdError,
+    StaleRevision,
+    WrongState,
+)
 from qmpd.failpoint import passing
 from qmpd.jobs import Report
-from qmpd.journal import timestamp, utc_now
+from qmpd.journal import Journal, timestamp, utc_now
 from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine, Publish
+from qmpd.migration.belongings import Belongings
 from qmpd.migration.convergence import revised
 from qmpd.migration.delivery import AGAIN_S, DOUBT_S, LONGEST_AGAIN_S, Deliveries, Departure, asked, code_of, insisted
 from qmpd.migration.following import is_halfway
@@ -37,7 +49,7 @@ from qmpd.record import Given
 from qmpd.registry import Registry
 from qmpd.settings import Peer
 from qmpd.store import Unknown
-from qmpd.tasks import Tasks, undivided
+from qmpd.tasks import Tasks, alongside, undivided
 
 #: States in which a machine has something that can be moved while it lives.
 MOVABLE: Final = frozenset({State.RUNNING, State.PAUSED})
@@ -60,6 +72,7 @@ class Departures:
         *,
         registry: Registry,
         ledger: Ledger,
+        journal: Journal,
         peering: Peering,
         shipping: Shipping,
         rehearsals: Rehearsals,
@@ -67,6 +80,7 @@ class Departures:
         publish: Publish,
     ) -> None:
         self._registry = registry
+        self._journal = journal
         self._ledger = ledger
         self._peering = peering
         self._shipping = shipping
@@ -74,7 +88,9 @@ class Departures:
         self._tasks = tasks
         self._publish = publish
         self._departures: dict[str, Departure] = {}
-        self._deliveries = Deliveries(registry=registry, ledger=ledger, shipping=shipping, publish=publish, departures=self._departures)
+        self._deliveries = Deliveries(
+            registry=registry, ledger=ledger, journal=journal, shipping=shipping, publish=publish, departures=self._departures
+        )
 
     def close(self) -> None:
         """The daemon ends: what cannot be done now is left to the next one."""
@@ -173,7 +189,7 @@ class Departures:
         departure = self._departures.get(entry.id)
         handover = None
         if departure is not None and entry.phase is Phase.GIVEN:
-            handover = self._deliveries.handover(entry)
+            handover = self._deliveries.handover(departure)
         return Standing(
             id=entry.id,
             machine=entry.machine,
@@ -215,7 +231,10 @@ class Departures:
         elif entry.phase is Phase.GIVEN and not mine:  # it was taken back, and the note of it was not written
             await self._deliveries.take_back(departure, entry.reason)
         elif entry.phase is Phase.MOVED:
-            await self._deliveries.clear(departure)
+            with suppress(NotFound, HostError):  # it is no peer any more: it has the machine all the same
+                async with self._peering.dial(self._peering.peers.get(entry.peer)) as link:
+                    await self._deliveries.follow(departure, link)
+            await undivided(self._deliveries.clear(departure), f"clear:{entry.machine}")
         else:
             if entry.phase in KEEPABLE:  # it was committed, and the note of it was not written
                 await self._ledger.step(entry.id, Step.GIVE)
@@ -265,10 +284,14 @@ class Departures:
             entry = await self._ledger.step(migration, Step.ACCEPTED)
             async with self._shipping.shipment(machine, entry, accepted, peer, link, request.goal, report) as shipment:
                 departure.shipment = shipment
-                await shipment.prepare()
-                await self._ledger.step(migration, Step.PERFORM)
-                await shipment.send()
-            await self._loaded(departure, link, halfway=shipment.postcopy)
+                belongings = departure.belongings = Belongings(machine, migration, link, self._journal)
+                async with belongings.following():
+                    await shipment.prepare()
+                    await self._ledger.step(migration, Step.PERFORM)
+                    await shipment.send()
+            async with alongside(belongings.settle(), f"belongings:{machine.name}") as settling:
+                await self._loaded(departure, link, halfway=shipment.postcopy)
+                await settling
             report.point_of_no_return(f"machine {machine.name!r} is being given to {peer.name}")
             await self._give(departure, went=shipment.went)
         except BaseException as error:

@@ -9,9 +9,12 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from qmpd.access import Caller
 from qmpd.errors import NotFound, Problem, WrongState, invalid
 from qmpd.jobs import Jobs
+from qmpd.journal import Journal
 from qmpd.machine import Publish
+from qmpd.migration.admission import Admissions
 from qmpd.migration.destination import Arrivals
 from qmpd.migration.fingerprints import Fingerprints
+from qmpd.migration.itemdesk import ItemDesk
 from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.phases import ENDED, KEEPABLE, Phase
@@ -51,7 +54,18 @@ class Migration:
     """What `Service` answers with, one method for each verb."""
 
     def __init__(
-        self, *, settings: Settings, registry: Registry, ledger: Ledger, peering: Peering, jobs: Jobs, planning: Planning, publish: Publish
+        self,
+        *,
+        settings: Settings,
+        registry: Registry,
+        ledger: Ledger,
+        journal: Journal,
+        peering: Peering,
+        jobs: Jobs,
+        planning: Planning,
+        admissions: Admissions,
+        items: ItemDesk,
+        publish: Publish,
     ) -> None:
         self._registry = registry
         self._ledger = ledger
@@ -66,7 +80,8 @@ class Migration:
             ledger=ledger,
             planning=planning,
             premises=premises,
-            reception=Reception(settings, registry.paths, publish),
+            reception=Reception(settings, registry.paths, items, publish),
+            admissions=admissions,
             peering=peering,
             tasks=self._tasks,
             publish=publish,
@@ -74,6 +89,7 @@ class Migration:
         self._departures = Departures(
             registry=registry,
             ledger=ledger,
+            journal=journal,
             peering=peering,
             shipping=shipping,
             rehearsals=Rehearsals(shipping, fingerprints),
@@ -172,13 +188,13 @@ class Migration:
         """A connection to the QEMU that waits for what the peer sends through the API. Raises as `Arrivals.tunnelled`."""
         return self._arrivals.tunnelled(self._peering.peers.asking(caller).name, migration, channel)
 
-    def standing(self, caller: Caller, migration: str) -> Standing:
+    async def standing(self, caller: Caller, migration: str) -> Standing:
         """How far this host is with a migration to or from the peer that asks. Raises NotFound about any other."""
         peer = self._peering.peers.asking(caller)
         entry = self._ledger.get(migration)
         if entry.peer != peer.name:
             raise NotFound(f"there is no migration {migration!r}", migration=migration)
-        return (self._departures if entry.role == "source" else self._arrivals).standing(entry)
+        return self._departures.standing(entry) if entry.role == "source" else await self._arrivals.answer(entry)
 
     # After a restart of the daemon.
 

@@ -22,7 +22,8 @@ from qmpd.console import Console
 from qmpd.errors import HostError, NoSpace
 from qmpd.failpoint import CATALOGUE, arm
 from qmpd.filewatch import FileWatch, watching
-from qmpd.migration.consolelogs import ARRIVING, RUNS_KEPT, ArrivingLog, LogSender, LogTail, settle_numbering
+from qmpd.migration.consolelogs import ARRIVING, RUNS_KEPT, ArrivingLog, LogSender, settle_numbering
+from qmpd.migration.protocol import ConsoleEnd, console_end
 from qmpd.plan import SerialPipe
 from tests.unit.serialport import Port
 
@@ -54,7 +55,7 @@ class Place:
     def arriving(self, end: int | None = None) -> ArrivingLog:
         return ArrivingLog(self.port.stem, self.cap_bytes, end=end)
 
-    def settle(self, tail: LogTail) -> int:
+    def settle(self, tail: ConsoleEnd) -> int:
         return settle_numbering([self.pipe], [tail], self.cap_bytes)[0]
 
 
@@ -99,8 +100,8 @@ def runs(stem: str, limit: int = 3000) -> list[tuple[int, bytes]]:
         offset = begin + len(data)
 
 
-def tail_at(end: int, offset: int, data: bytes = b"") -> LogTail:
-    return LogTail(port=0, end=end, offset=offset, data=data)
+def tail_at(end: int, offset: int, data: bytes = b"") -> ConsoleEnd:
+    return console_end(0, end, offset, data)
 
 
 async def test_a_log_is_followed_while_the_guest_prints_and_goes_on_where_it_was(
@@ -266,15 +267,16 @@ SETTLING = """
 import sys
 import msgspec
 from qmpd.failpoint import arm
-from qmpd.migration.consolelogs import LogTail, settle_numbering
+from qmpd.migration.consolelogs import settle_numbering
+from qmpd.migration.protocol import ConsoleEnd
 from qmpd.plan import SerialPipe
 arm(sys.argv[1])
 pipe = SerialPipe(id="serial0", path=sys.argv[2], log=sys.argv[3])
-print(settle_numbering([pipe], [msgspec.json.decode(sys.argv[4], type=LogTail)], 1 << 20))
+print(settle_numbering([pipe], [msgspec.json.decode(sys.argv[4], type=ConsoleEnd)], 1 << 20))
 """
 
 
-def settled_elsewhere(place: Place, tail: LogTail, armed: str) -> int:
+def settled_elsewhere(place: Place, tail: ConsoleEnd, armed: str) -> int:
     """What becomes of a process that numbers the log."""
     words = [armed, place.port.pipe, place.port.stem, msgspec.json.encode(tail).decode()]
     return subprocess.run([sys.executable, "-c", SETTLING, *words], cwd=ROOT, timeout=PATIENCE_S).returncode

@@ -22,6 +22,7 @@ from qmpd.settings import Peer
 from qmpd.spec import Forward, ImageDisk, Kernel, MachineSpec, UserNic
 from qmpd.views import JobView, MachineView, QmpRequest, StartRequest
 from tests.api.lab import Daemon, authority, daemon, host, peer, port
+from tests.conftest import end_machines
 from tests.guests.build import Guest
 from tests.machines import copy_of, spec_of
 from tests.migration.test_goals import busy_kernel
@@ -52,12 +53,8 @@ async def pair(directory: Path, emulators: Mapping[str, str] | None = None, **gr
             pki = host(root, directory / name / "pki", name)
             own = [emulators[name]] if emulators is not None else []
             made.append(await stack.enter_async_context(daemon(name, directory / name, pki, listener, peers[name], emulators=own)))
-        try:
-            yield made[0], made[1]
-        finally:
-            for there in made:  # a test that failed leaves its machines
-                for view in there.service.machines({}, None).machines:
-                    await there.service.kill(view.name)
+            stack.push_async_callback(end_machines, made[-1].service)
+        yield made[0], made[1]
 
 
 async def ended(there: Daemon, job: JobView) -> JobView:
@@ -188,9 +185,9 @@ async def test_what_a_peer_says_of_a_migration_that_is_not_its_own_is_not_heard(
         report = await moved(a, "counter", "b")
         stranger = Caller(user="peer:c", role="peer", peer="c")
         with pytest.raises((NotFound, Forbidden)):
-            b.service.migration.standing(stranger, report.id)
+            await b.service.migration.standing(stranger, report.id)
         source = Caller(user="peer:a", role="peer", peer="a")
-        assert b.service.migration.standing(source, report.id).phase is Phase.ARRIVED
+        assert (await b.service.migration.standing(source, report.id)).phase is Phase.ARRIVED
         again = await b.service.migration.take(source, report.id, Handover(epoch=1, run=True))
         assert again.phase is Phase.ARRIVED
         discarded = await b.service.migration.discard(source, report.id, DiscardRequest(reason="too late"))
