@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
 from qmpd import power
-from qmpd.errors import Busy, Forbidden, MonitorUnavailable, QemuSilent, QmpdError, WrongState
+from qmpd.errors import Busy, Forbidden, MonitorUnavailable, NoSpace, QemuSilent, QmpdError, StaleRevision, WrongState
 from qmpd.failpoint import passing
 from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine, Publish
 from qmpd.migration.admission import Admissions
 from qmpd.migration.ledger import Entry, Ledger
+from qmpd.migration.persistence import persist
 from qmpd.migration.phases import OWNED, UNOWNED, Phase, Step
 from qmpd.migration.protocol import Acceptance, Channel, ConsoleEnd, Handover, LogReceived, console_end
 from qmpd.migration.reception import Reception, remove_made
@@ -34,6 +35,8 @@ GONE_S: Final = 1.0
 #: What could not be done is tried again this often.
 AGAIN_S: Final = 1.0
 
+T = TypeVar("T")
+
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +50,8 @@ class Arrival:
         self.machine = machine
         self.acceptance: Acceptance | None = None
         self.problem = ""
+        #: The commit by which this host becomes the owner was begun: only its outcome says who owns the machine.
+        self.owning = False
         self.meter = Meter()
         self._led_in: Counter[Channel] = Counter()
         self.lock = asyncio.Lock()
@@ -68,6 +73,10 @@ class Arrival:
             yield
         finally:
             self._led_in[channel] -= 1
+
+    def say(self, problem: str) -> None:
+        """Notes why it cannot go on."""
+        self.problem = problem
 
     def tell(self) -> None:
         """Wakes everybody who waits for it."""
@@ -96,6 +105,8 @@ class Endings:
         self._tasks = tasks
         self._publish = publish
         self._arrivals = arrivals
+        #: The daemon ends: what cannot be done now is left to the next one.
+        self.closing = False
 
     async def take(self, arrival: Arrival, handover: Handover) -> None:
         """Makes a machine this host's own, because its owner has given it, and lets it go on. May be repeated.
@@ -150,16 +161,35 @@ class Endings:
         return await self._reception.logs(self._admissions.delivery(entry, tuple(machine.consoles)))
 
     async def _own(self, arrival: Arrival, *, went: bool, log_ends: dict[int, int]) -> None:
-        """The commit by which this host becomes the owner. The note of it shares the transaction wherever it can."""
+        """The commit by which this host becomes the owner; then the note of it, whatever that takes."""
         machine = arrival.machine
         await passing("ownership-take")
-        stored = self._registry.store(machine, machine.definition, machine.revision)
-        noted = self._ledger.step(arrival.migration, Step.TAKE, went=went, log_ends=log_ends)
-        owned, written = await asyncio.gather(stored, noted, return_exceptions=True)
-        for failure in (owned, written):
-            if isinstance(failure, BaseException):
-                raise failure
+        arrival.owning = True
+        await self._registry.store(machine, machine.definition, machine.revision)
+        await self._persist(
+            arrival, lambda: self._ledger.step(arrival.migration, Step.TAKE, went=went, log_ends=log_ends), "to note that it was taken"
+        )
         await passing("ownership-taken")
+
+    async def _persist(self, arrival: Arrival, work: Callable[[], Awaitable[T]], what: str) -> T:
+        return await persist(work, what=what, say=arrival.say, ending=lambda: self.closing)
+
+    async def _is_owned(self, arrival: Arrival) -> bool:
+        """Whether this host owns the machine after all: a commit whose outcome was not known is made again, and tells.
+
+        Raises:
+            Unknown, Busy: it is still not known. Then nothing may be done about the machine.
+        """
+        if not arrival.owning or self._ledger.get(arrival.migration).phase is not Phase.LOADED:
+            return False
+        machine = arrival.machine
+        if not machine.revision:
+            try:
+                await self._registry.store(machine, machine.definition, 0)
+            except (NoSpace, StaleRevision):
+                return False
+        await self._persist(arrival, lambda: self._ledger.step(arrival.migration, Step.TAKE), "to note that it was taken")
+        return True
 
     async def set_going(self, arrival: Arrival) -> None:
         """Lets an owned machine go on, and does what has to follow. What fails here is said, and the machine is here all the same."""
@@ -179,8 +209,9 @@ class Endings:
                 arrival.problem = ""
                 break
         await asyncio.to_thread(self._note_owned, machine)
-        await self._ledger.step(entry.id, Step.RUN, reason=arrival.problem)
-        self._publish("machine.arrived", machine.name, {"migration": entry.id, "peer": entry.peer, "problem": arrival.problem})
+        problem = arrival.problem
+        await self._persist(arrival, lambda: self._ledger.step(entry.id, Step.RUN, reason=problem), "to note that it is here")
+        self._publish("machine.arrived", machine.name, {"migration": entry.id, "peer": entry.peer, "problem": problem})
         if entry.offer.postcopy:  # the rest of its memory may take minutes, and the source waits to hear that it runs
             self._tasks.start(self.settle_in(arrival), f"settle-in:{machine.name}")
         else:
@@ -210,7 +241,10 @@ class Endings:
     async def discard(self, arrival: Arrival, reason: str) -> None:
         """Discards a machine that is not this host's own, with all that was made for it here. May be repeated."""
         async with arrival.lock:
-            await self._discard_locked(arrival, reason)
+            if await self._is_owned(arrival):
+                await self.set_going(arrival)
+            else:
+                await self._discard_locked(arrival, reason)
 
     async def _discard_locked(self, arrival: Arrival, reason: str) -> None:
         entry = self._ledger.get(arrival.migration)
@@ -225,19 +259,23 @@ class Endings:
     async def _remove(self, arrival: Arrival) -> None:
         """Ends QEMU and removes all that was made here."""
         machine = arrival.machine
-        while machine.alive:
+        while machine.alive and not self.closing:
             try:
                 await power.kill(machine)
             except QmpdError as error:
                 _log.error("what came of a migration cannot be ended yet", extra={"machine": machine.name, "error": error.message})
                 await machine.until(AT_REST, AGAIN_S)
         await asyncio.to_thread(remove_made, self._ledger.get(arrival.migration).made)
+        await self._persist(arrival, lambda: self._ledger.note(arrival.migration, made=()), "to note what was removed")
         if self._registry.known(machine.name) is machine:
-            await self._registry.dismiss(machine)
+            try:
+                await self._registry.dismiss(machine)
+            except (QmpdError, OSError) as error:  # only files are left, which the next daemon clears up
+                _log.error("rest of a machine that did not come is not removed", extra={"machine": machine.name, "error": str(error)})
 
     async def end(self, arrival: Arrival) -> None:
         """Nothing is left to be done: lets others at the machine."""
-        await self._ledger.settle(arrival.migration)
+        await self._persist(arrival, lambda: self._ledger.settle(arrival.migration), "to note that all is done")
         self._admissions.forget(arrival.migration)
         self._arrivals.pop(arrival.migration, None)
         arrival.release()

@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from qmpd import power
-from qmpd.errors import CannotMove, MigrationFailed, NoSpace, PeerError, PeerRefused, QmpdError
+from qmpd.errors import CannotMove, MigrationFailed, PeerError, PeerRefused, QmpdError
 from qmpd.failpoint import passing
 from qmpd.journal import Journal
 from qmpd.machine import Machine, Publish
@@ -21,6 +21,7 @@ from qmpd.migration.belongings import REST_LIMIT_S, Belongings, bare_ends
 from qmpd.migration.discrepancy import found
 from qmpd.migration.following import follow
 from qmpd.migration.ledger import Ledger
+from qmpd.migration.persistence import persist
 from qmpd.migration.phases import Phase, Step
 from qmpd.migration.protocol import ConsoleEnd, Handover, Standing
 from qmpd.migration.shipping import Shipment, Shipping
@@ -28,7 +29,6 @@ from qmpd.migrationviews import MigrationFinding
 from qmpd.peers import PeerDaemon
 from qmpd.registry import Registry
 from qmpd.settings import Peer
-from qmpd.store import Unknown
 from qmpd.tasks import undivided
 
 #: A peer that does not answer is asked again after this, and then less and less often.
@@ -43,7 +43,7 @@ OFFER_DEADLINE_S: Final = 60.0
 _LATER: Final = frozenset({"too_many_requests", "qemu_silent", "monitor_unavailable", "no_space", "outcome_unknown"})
 
 #: What a destination answers about a guest that will not wait for its memory any more: it has ended.
-_NOBODY: Final = frozenset({"wrong_state", "not_found"})
+_NOBODY: Final = frozenset({"wrong_state"})
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
@@ -59,6 +59,10 @@ class Departure:
         #: The commit that gives it away was begun: only that commit's outcome says who owns the machine.
         self.giving = False
         self.decided = asyncio.Event()
+        #: The destination said that it has taken the machine: it runs there, whatever anybody decides here.
+        self.taken = False
+        #: Held while the destination is asked to take it and its answer is heeded, and while it is taken back.
+        self.lock = asyncio.Lock()
         #: What is under way, while it is; and the goal that it is kept to.
         self.shipment: Shipment | None = None
         self.belongings: Belongings | None = None
@@ -74,6 +78,10 @@ class Departure:
     def release(self) -> None:
         """Lets others at it."""
         self._held.close()
+
+    def say(self, problem: str) -> None:
+        """Notes why it cannot go on."""
+        self.problem = problem
 
 
 class Deliveries:
@@ -126,26 +134,41 @@ class Deliveries:
         """
         entry, handover = self._ledger.get(departure.migration), self.handover(departure)
         pause = AGAIN_S
-        while not departure.decided.is_set():
-            try:
-                found = await asked(lambda: link.take(entry.id, handover))
-            except PeerError as error:
-                self._doubted(departure, error)
-                pause = await _waited(departure.decided, pause)
-                continue
-            if found.phase is Phase.DISCARDED:
-                await undivided(self.take_back(departure, found.reason), f"take-back:{entry.machine}")
-                raise MigrationFailed(f"the destination lost the machine before it ran there, and it goes on here: {found.reason}")
-            if found.phase in {Phase.TAKEN, Phase.ARRIVED}:
-                if entry.offer.postcopy:
-                    await self._follow(departure, link, peer)
-                await self._ledger.step(entry.id, Step.CONFIRM, reason=found.reason)
-                await self.follow(departure, link, found)
-                await undivided(self.clear(departure), f"clear:{entry.machine}")
-                return
-            self._doubted(departure, MigrationFailed(f"the destination says that it is {found.phase}"))
+        while True:
+            async with departure.lock:
+                if departure.decided.is_set():
+                    raise MigrationFailed("an operator decided that the machine stays here")
+                found = await self._taken(departure, link, handover)
+            if found is not None:
+                break
             pause = await _waited(departure.decided, pause)
-        raise MigrationFailed("an operator decided that the machine stays here")
+        if entry.offer.postcopy:
+            await self._follow(departure, link, peer)
+        reason = found.reason
+        await self.persist(departure, lambda: self._ledger.step(entry.id, Step.CONFIRM, reason=reason), "to note that it has arrived")
+        await self.follow(departure, link, found)
+        await undivided(self.clear(departure), f"clear:{entry.machine}")
+
+    async def _taken(self, departure: Departure, link: PeerDaemon, handover: Handover) -> Standing | None:
+        """What the destination says when it has taken the machine; None while it does not say so. Raises MigrationFailed as `deliver`."""
+        try:
+            found = await asked(lambda: link.take(departure.migration, handover))
+        except PeerError as error:
+            self._doubted(departure, error)
+            return None
+        if found.phase is Phase.DISCARDED:
+            await undivided(self.take_back(departure, found.reason), f"take-back:{departure.machine.name}")
+            raise MigrationFailed(f"the destination lost the machine before it ran there, and it goes on here: {found.reason}")
+        if found.phase in {Phase.TAKEN, Phase.ARRIVED}:
+            departure.taken = True
+            departure.problem = ""
+            return found
+        self._doubted(departure, MigrationFailed(f"the destination says that it is {found.phase}"))
+        return None
+
+    async def persist(self, departure: Departure, work: Callable[[], Awaitable[T]], what: str) -> T:
+        """See `persistence.persist`."""
+        return await persist(work, what=what, say=departure.say, ending=lambda: self.closing)
 
     def _doubted(self, departure: Departure, error: QmpdError) -> None:
         entry = self._ledger.get(departure.migration)
@@ -159,28 +182,17 @@ class Deliveries:
         """Takes a machine back that its destination will never run."""
         machine, entry = departure.machine, self._ledger.get(departure.migration)
         own = msgspec.structs.replace(machine.definition, given=None, epoch=entry.epoch + 1)
-        while machine.definition.given is not None:
-            try:
-                await passing("ownership-return")
+
+        async def returned() -> None:
+            await passing("ownership-return")
+            if machine.definition.given is not None:
                 await self._registry.store(machine, own, machine.revision)
-            except (Unknown, NoSpace) as error:
-                departure.problem = f"it is to be taken back, and that cannot be written down yet: {error.message}"
-                if self.closing:
-                    return
-                await asyncio.sleep(DOUBT_S)
-        while True:
-            try:
-                if self._ledger.get(entry.id).phase is Phase.GIVEN:
-                    await self._ledger.step(entry.id, Step.RETURNED, reason=reason)
-                await self._shipping.recall(machine, entry)
-                break
-            except QmpdError as error:
-                departure.problem = f"it is here again, and is not as it was yet: {error.message}"
-                _log.error("machine is not as before its migration", extra={"machine": machine.name, "error": error.message})
-                if self.closing:
-                    return
-            await asyncio.sleep(DOUBT_S)
-        await self._ledger.settle(entry.id)
+            if self._ledger.get(entry.id).phase is Phase.GIVEN:
+                await self._ledger.step(entry.id, Step.RETURNED, reason=reason)
+
+        await self.persist(departure, returned, "to take it back")
+        await self.persist(departure, lambda: self._shipping.recall(machine, entry, lost=True), "to make it as it was")
+        await self.persist(departure, lambda: self._ledger.settle(entry.id), "to note that all is done")
         self._departures.pop(entry.id, None)
         departure.release()
         self._publish("migration.returned", machine.name, {"migration": entry.id, "peer": entry.peer, "reason": reason})
@@ -193,15 +205,15 @@ class Deliveries:
                 await power.kill(machine)
                 await self._registry.depart(machine)
                 break
-            except QmpdError as error:
-                departure.problem = f"it has arrived, and what is left of it here cannot be removed yet: {error.message}"
-                _log.error("rest of a machine that moved is not removed", extra={"machine": machine.name, "error": error.message})
+            except (QmpdError, OSError) as error:
+                departure.problem = f"it has arrived, and what is left of it here cannot be removed yet: {error}"
+                _log.error("rest of a machine that moved is not removed", extra={"machine": machine.name, "error": str(error)})
                 if self._registry.known(machine.name) is not machine:
                     break  # only files are left, of which the log tells
                 if self.closing:
                     return
             await asyncio.sleep(DOUBT_S)
-        await self._ledger.settle(entry.id)
+        await self.persist(departure, lambda: self._ledger.settle(entry.id), "to note that all is done")
         self._departures.pop(entry.id, None)
         departure.release()
         self._publish("migration.moved", machine.name, {"migration": entry.id, "peer": entry.peer})
@@ -225,7 +237,7 @@ class Deliveries:
                     except PeerError:
                         found = None
                     await asyncio.sleep(AGAIN_S)
-        except (PeerRefused, TimeoutError, OSError) as error:
+        except (QmpdError, TimeoutError, OSError) as error:
             _log.warning("the end of a log was not sent", extra={"machine": departure.machine.name, "error": str(error)})
 
 

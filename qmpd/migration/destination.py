@@ -16,15 +16,7 @@ from typing import Final
 
 import msgspec
 
-from qmpd.errors import (
-    Busy,
-    CannotMove,
-    MigrationFailed,
-    MonitorUnavailable,
-    NotFound,
-    QmpdError,
-    WrongState,
-)
+from qmpd.errors import Busy, CannotMove, Held, HostError, MigrationFailed, MonitorUnavailable, NotFound, PeerError, QmpdError, WrongState
 from qmpd.journal import timestamp, utc_now
 from qmpd.launching import Launch
 from qmpd.lifecycle import AT_REST, State
@@ -33,6 +25,7 @@ from qmpd.migration.admission import Admissions
 from qmpd.migration.arrival import ANSWER_S, Arrival, Endings, last_words
 from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.likeness import DestinationFacts
+from qmpd.migration.persistence import persist
 from qmpd.migration.phases import FIRST, UNOWNED, Phase, Step
 from qmpd.migration.premises import Premises
 from qmpd.migration.protocol import VERSION, Acceptance, Channel, Endpoint, Handover, Offer, Standing
@@ -217,9 +210,21 @@ class Arrivals:
                 f"there is nothing to decide about machine {machine.name!r} here: it is {state}", state=state, allowed=["loaded"]
             )
         if take:
+            await self._not_kept(arrival)
             await undivided(self._endings.take(arrival, Handover(epoch=entry.epoch, run=entry.went)), f"take:{machine.name}")
         else:
             await undivided(self._endings.discard(arrival, "an operator decided so"), f"discard:{machine.name}")
+
+    async def _not_kept(self, arrival: Arrival) -> None:
+        """Asks the source, if it can be asked. Raises WrongState where it has not given the machine away."""
+        try:
+            async with self._peering.dial(self._peering.peers.get(arrival.peer)) as link:
+                found = await link.standing(arrival.migration)
+        except (PeerError, NotFound, HostError):
+            return  # it is not there: the operator's word has to do
+        if found.phase not in {Phase.GIVEN, Phase.MOVED}:
+            message = f"{arrival.peer} answers, and has not given the machine away: there it is {found.phase}"
+            raise WrongState(message, state=str(found.phase), allowed=[str(Phase.GIVEN)])
 
     # After a restart of the daemon.
 
@@ -230,7 +235,10 @@ class Arrivals:
             if machine is not None and machine.definition.arrived != entry.id:
                 _log.error("a migration is about another machine of this name and was left alone", extra={"migration": entry.id})
                 continue
-            self._arrivals[entry.id] = Arrival(entry.id, entry.peer, machine or self._registry.expect(_definition(entry)))
+            try:
+                self._arrivals[entry.id] = Arrival(entry.id, entry.peer, machine or self._registry.expect(_definition(entry)))
+            except Held:
+                _log.error("a machine has more than one migration", extra={"machine": entry.machine, "migration": entry.id})
 
     def go_on(self) -> None:
         """After processes were taken over: goes on with each where it stood."""
@@ -238,6 +246,18 @@ class Arrivals:
             self._tasks.start(self._go_on(arrival), f"arrival:{arrival.machine.name}")
 
     async def _go_on(self, arrival: Arrival) -> None:
+        await persist(
+            lambda: self._gone_on(arrival),
+            what="to go on with its migration",
+            say=arrival.say,
+            ending=lambda: self._endings.closing,
+        )
+
+    def close(self) -> None:
+        """The daemon ends: what cannot be done now is left to the next one."""
+        self._endings.closing = True
+
+    async def _gone_on(self, arrival: Arrival) -> None:
         entry = self._ledger.get(arrival.migration)
         if arrival.machine.revision and entry.phase is Phase.LOADED:  # it was committed, and the note of it was not
             entry = await self._ledger.step(entry.id, Step.TAKE)
@@ -321,7 +341,7 @@ class Arrivals:
 
     async def _attend(self, arrival: Arrival) -> None:
         """Stays with it until the whole state is here, or it is discarded."""
-        wondering = self._tasks.start(self._wondering.wonder(arrival), f"wonder:{arrival.machine.name}")
+        self._tasks.start(self._wondering.wonder(arrival), f"wonder:{arrival.machine.name}")
         try:
             await self._received(arrival)
             async with arrival.lock:
@@ -330,7 +350,6 @@ class Arrivals:
                 await self._ledger.step(arrival.migration, Step.LOAD)
             arrival.tell()
         except QmpdError as error:
-            wondering.cancel()
             # A QEMU that ends says why on its standard error, a moment after its monitor is gone.
             ended = isinstance(error, MigrationFailed) and await arrival.machine.until(AT_REST, ANSWER_S)
             await self._endings.discard(arrival, last_words(arrival.machine) if ended else error.message)

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Final
 
-from qmpd.errors import MigrationFailed, QmpdError
+from qmpd.errors import QmpdError
 from qmpd.lifecycle import AT_REST
 from qmpd.machine import Machine
 from qmpd.migration.addresses import Address, uri
@@ -31,8 +31,9 @@ Rejoin = Callable[[], Awaitable[Address | None]]
 
 
 async def is_halfway(machine: Machine) -> bool:
-    """Whether a part of the guest is elsewhere already. False for a machine without a process. Raises as `Monitor.execute`."""
-    if machine.state in AT_REST or not machine.has_process:
+    """Whether a part of the guest is elsewhere already. False for a machine at rest. Raises as `Monitor.execute`, and MonitorUnavailable
+    for a process that was not taken over yet."""
+    if machine.state in AT_REST:
         return False
     return (await ask_map(machine.session, "query-migrate")).get("status") in POSTCOPY
 
@@ -59,7 +60,7 @@ async def _followed(machine: Machine) -> bool:
         seen, since = Progress(), loop.time()
         while (status := await watch.next()) not in {"completed", "postcopy-paused"}:
             if status in {"failed", "cancelled"}:
-                raise MigrationFailed(f"the memory that follows {machine.name!r} {status}", status=status)
+                return False
             if watch.progress != seen:
                 seen, since = watch.progress, loop.time()
             elif loop.time() - since > STALL_S:

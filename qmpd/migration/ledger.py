@@ -6,6 +6,7 @@ It is a log for going on after a restart. Who owns a machine is said by its defi
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -21,9 +22,14 @@ from qmpd.journal import timestamp, utc_now
 from qmpd.migration.outgoing import Before
 from qmpd.migration.phases import Phase, Role, Step, after
 from qmpd.migration.protocol import Offer
+from qmpd.tasks import undivided
 
 #: Settled migrations that are kept, so that a peer that asks late gets its answer.
 KEPT_SETTLED: Final = 1_000
+#: Of what went wrong in words.
+REASON_CHARACTERS: Final = 1_000
+
+_log = logging.getLogger(__name__)
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,17 +89,23 @@ class Ledger:
     async def begin(self, entry: Entry) -> Entry:
         """Writes a new entry down."""
         await passing(f"migration-{entry.phase}")
-        await self._database.write(partial(_insert, entry=entry))
-        self._entries[entry.id] = entry
+        await undivided(self._inserted(entry), f"begin:{entry.machine}")
         for settled in self._surplus():
             del self._entries[settled]
         await passing(f"migration-{entry.phase}-written")
         return entry
 
+    async def _inserted(self, entry: Entry) -> None:
+        """Who goes away meanwhile leaves an entry that is known, and not one that only the database has."""
+        await self._database.write(partial(_insert, entry=entry))
+        self._entries[entry.id] = entry
+
     async def step(self, migration: str, step: Step, **noted: object) -> Entry:
         """Writes a step down, and what else is to be `noted` in the entry; raises IllegalStep where the table has none from here."""
         entry = self.get(migration)
         phase = after(entry.role, entry.phase, step)
+        if isinstance(reason := noted.get("reason"), str):
+            noted["reason"] = _plain(reason)
         changed = msgspec.structs.replace(entry, phase=phase, changed_at=timestamp(utc_now()), **noted)
         await passing(f"migration-{changed.phase}")
         await self._change(changed)
@@ -132,12 +144,24 @@ async def open_ledger(database: Database) -> AsyncIterator[Ledger]:
 
 
 def _read(connection: sqlite3.Connection) -> list[Entry]:
-    rows = connection.execute("SELECT entry FROM migration ORDER BY number")
-    return [msgspec.msgpack.decode(row[0], type=Entry) for row in rows]
+    found = []
+    for ident, encoded in connection.execute("SELECT id, entry FROM migration ORDER BY number"):
+        try:
+            found.append(msgspec.msgpack.decode(encoded, type=Entry))
+        except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
+            _log.error(
+                "an entry of the ledger of migrations is damaged and was left alone", extra={"migration": ident, "error": str(error)}
+            )
+    return found
+
+
+def _plain(text: str) -> str:
+    """Words that may come from a guest's QEMU, as they can be sent to a peer: in one line, and not too many."""
+    return "".join(char if char.isprintable() else " " for char in text)[:REASON_CHARACTERS]
 
 
 def _insert(connection: sqlite3.Connection, entry: Entry) -> None:
-    connection.execute("INSERT INTO migration VALUES (NULL, ?, ?, ?)", (entry.id, entry.settled, msgspec.msgpack.encode(entry)))
+    connection.execute("INSERT OR REPLACE INTO migration VALUES (NULL, ?, ?, ?)", (entry.id, entry.settled, msgspec.msgpack.encode(entry)))
     connection.execute(
         "DELETE FROM migration WHERE settled AND number <= (SELECT max(number) FROM migration WHERE settled) - ?", (KEPT_SETTLED,)
     )

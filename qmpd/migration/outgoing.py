@@ -273,7 +273,8 @@ async def recall(qemu: Qemu, before: Before) -> None:
     await drop_all(qemu)
     await capabilities.restore(qemu, before.dials)
     await tls.remove(qemu)
-    if before.run_state == "running" and await run_state(qemu) == GONE:
+    # Halted to leave, or to be sent the rest: whoever holds the machine let nobody else halt it.
+    if before.run_state == "running" and await run_state(qemu) in {GONE, "paused"}:
         await qemu.execute("cont")
 
 

@@ -15,7 +15,7 @@ from msgspec import Meta
 from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.parcels import MAX_PARCELS, Parcel
 from qmpd.migration.phases import Phase, Role
-from qmpd.spec import DiskFormat, MachineSpec, Path, Text, Word
+from qmpd.spec import UUID_PATTERN, DiskFormat, MachineSpec, Path, Text, Word
 from qmpd.viewbase import Request, View
 
 VERSION: Final = 1
@@ -65,7 +65,7 @@ class Offer(Request, frozen=True, kw_only=True):
     id: MigrationId
     epoch: Epoch
     spec: MachineSpec
-    uuid: str
+    uuid: Annotated[str, Meta(pattern=UUID_PATTERN)]
     created_at: Text
     changed_at: Text
     state: Literal["running", "paused"]

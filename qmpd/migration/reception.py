@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -287,5 +286,7 @@ def kept_ports(launch: Launch) -> tuple[int, ...]:
 def remove_made(paths: tuple[str, ...]) -> None:
     """Removes images that were made for a machine that did not come. Blocks."""
     for path in paths:
-        with suppress(FileNotFoundError):
-            Path(path).unlink()
+        try:
+            Path(path).unlink(missing_ok=True)
+        except OSError as error:
+            _log.error("an image that was made for a machine that did not come is left", extra={"path": path, "error": str(error)})

@@ -268,7 +268,7 @@ class Shipping:
         else:
             raise CannotMove("the peer named no port to send to" if endpoint is None else "the peer does not take it through a tunnel")
 
-    async def recall(self, machine: Machine, entry: Entry) -> None:
+    async def recall(self, machine: Machine, entry: Entry, *, lost: bool = False) -> None:
         """Puts a machine's QEMU back to what it was before its migration began, from wherever that got to, and its guest with it."""
         await machine.when(lambda: machine.state in AT_REST or machine.state in {State.RUNNING, State.PAUSED}, MONITOR_S)
         if machine.state in AT_REST or entry.before is None:
@@ -277,7 +277,10 @@ class Shipping:
             raise MonitorUnavailable(f"machine {machine.name!r} is {machine.state}")
         try:
             await recall(machine.session, entry.before)
-        except WrongState:  # one half of it went with the destination's QEMU, and this one is of no use
+        except WrongState:
+            if not lost:
+                raise  # a part of it is at the destination, and may run there
+            # The other half went with the destination's QEMU, and this one is of no use.
             _log.error("guest was lost between two hosts", extra={"machine": machine.name})
             await power.kill(machine)
 

@@ -10,24 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import Final
 
-import msgspec
-
-from qmpd.errors import (
-    Busy,
-    HostError,
-    MigrationFailed,
-    NoSpace,
-    NotFound,
-    PeerError,
-    QmpdError,
-    StaleRevision,
-    WrongState,
-)
-from qmpd.failpoint import passing
+from qmpd.errors import Held, HostError, MigrationFailed, NotFound, PeerError, QmpdError, WrongState
 from qmpd.jobs import Report
 from qmpd.journal import Journal, timestamp, utc_now
 from qmpd.lifecycle import AT_REST, State
@@ -36,30 +23,23 @@ from qmpd.migration.belongings import Belongings
 from qmpd.migration.convergence import revised
 from qmpd.migration.delivery import AGAIN_S, DOUBT_S, LONGEST_AGAIN_S, Deliveries, Departure, asked, code_of, insisted
 from qmpd.migration.following import is_halfway
+from qmpd.migration.giving import NOT_WRITTEN, Giving
 from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.outgoing import Before
 from qmpd.migration.phases import FIRST, KEEPABLE, Phase, Step
-from qmpd.migration.protocol import Acceptance, DiscardRequest, LoadedRequest, Offer, Standing
+from qmpd.migration.protocol import Acceptance, DiscardRequest, Offer, Standing
 from qmpd.migration.rehearsal import Rehearsals
 from qmpd.migration.shipping import Shipment, Shipping, moved
 from qmpd.migrationviews import DryRunReport, GoalChanges, MigrateRequest, MigrationReport
 from qmpd.peering import Peering
 from qmpd.peers import PeerDaemon
-from qmpd.record import Given
 from qmpd.registry import Registry
 from qmpd.settings import Peer
-from qmpd.store import Unknown
 from qmpd.tasks import Tasks, alongside, undivided
 
 #: States in which a machine has something that can be moved while it lives.
 MOVABLE: Final = frozenset({State.RUNNING, State.PAUSED})
-#: The destination has everything when the source's QEMU says `completed`; it only has to read what is in its socket, and note it.
-LOADED_DEADLINE_S: Final = 60.0
-#: A question in which the peer waits for that itself.
-LOADED_WAIT_S: Final = 10.0
 
-#: Refusals of a write that say that nothing was written.
-_NOT_WRITTEN: Final = (NoSpace, StaleRevision, Busy)
 
 _log = logging.getLogger(__name__)
 
@@ -92,6 +72,8 @@ class Departures:
             registry=registry, ledger=ledger, journal=journal, shipping=shipping, publish=publish, departures=self._departures
         )
 
+        self._giving = Giving(registry, ledger, self._deliveries)
+
     def close(self) -> None:
         """The daemon ends: what cannot be done now is left to the next one."""
         self._deliveries.closing = True
@@ -118,7 +100,12 @@ class Departures:
             raise
         self._departures[entry.id] = departure
         self._publish("migration.began", machine.name, {"migration": entry.id, "peer": peer.name})
-        async with self._peering.dial(peer) as link:
+        async with AsyncExitStack() as stack:
+            try:
+                link = await stack.enter_async_context(self._peering.dial(peer))
+            except BaseException as error:
+                await undivided(self._kept(departure, _words(error)), f"keep:{machine.name}")
+                raise
             accepted, shipment = await self._shipped(departure, peer, link, request, report)
             figures = await shipment.measured()
             await self._deliveries.deliver(departure, link, peer)
@@ -173,28 +160,46 @@ class Departures:
         return next((one for one in self._departures.values() if one.machine is machine), None)
 
     async def resolve(self, machine: Machine) -> None:
-        """Takes a machine back that was given away, on the word of somebody who knows that the other host does not run it.
+        """Takes a machine back that was given away, on the word of somebody who knows that the other host does not run it. Where that host
+        can be asked, it is asked all the same.
 
         Raises:
-            WrongState: it was not given away.
+            WrongState: it was not given away, or the other host says that it has it.
         """
         departure = self._of(machine)
-        if departure is None or self._ledger.get(departure.migration).phase is not Phase.GIVEN:
-            raise WrongState(f"machine {machine.name!r} was not given away", state=str(machine.state), allowed=[str(Phase.GIVEN)])
+        if departure is None or self._ledger.get(departure.migration).phase is not Phase.GIVEN or departure.taken:
+            what = "runs at its destination" if departure is not None and departure.taken else "was not given away"
+            raise WrongState(f"machine {machine.name!r} {what}", state=str(machine.state), allowed=[str(Phase.GIVEN)])
         departure.decided.set()
-        await undivided(self._deliveries.take_back(departure, "an operator decided so"), f"take-back:{machine.name}")
+        async with departure.lock:
+            await self._not_taken(departure)
+            await undivided(self._deliveries.take_back(departure, "an operator decided so"), f"take-back:{machine.name}")
+
+    async def _not_taken(self, departure: Departure) -> None:
+        """Asks the destination, if it can be asked, to discard what it has. Raises WrongState where it has taken the machine."""
+        entry = self._ledger.get(departure.migration)
+        try:
+            async with self._peering.dial(self._peering.peers.get(entry.peer)) as link:
+                found = await link.discard(entry.id, DiscardRequest(reason="an operator of the source keeps the machine"))
+        except (PeerError, NotFound, HostError):
+            return  # it is not there: the operator's word has to do
+        if found.phase in {Phase.TAKEN, Phase.ARRIVED}:
+            departure.decided.clear()
+            raise WrongState(f"{entry.peer} has taken the machine: it runs there", state=str(found.phase), allowed=[str(Phase.LOADED)])
 
     def standing(self, entry: Entry) -> Standing:
         """How far this side is."""
         departure = self._departures.get(entry.id)
-        handover = None
-        if departure is not None and entry.phase is Phase.GIVEN:
+        handover, phase = None, entry.phase
+        if phase is Phase.GIVEN and departure is not None and departure.machine.definition.given is None:
+            phase = Phase.KEPT  # it was taken back, and the note of it is not written yet
+        if departure is not None and phase is Phase.GIVEN:
             handover = self._deliveries.handover(departure)
         return Standing(
             id=entry.id,
             machine=entry.machine,
             role=entry.role,
-            phase=entry.phase,
+            phase=phase,
             epoch=entry.epoch,
             reason=entry.reason,
             problem=departure.problem if departure is not None else "",
@@ -205,12 +210,22 @@ class Departures:
 
     def restore(self) -> None:
         """Before processes are taken over: holds the machines that were on their way, so that nobody else touches them."""
-        for entry in self._ledger.unsettled("source"):
+        for entry in sorted(self._ledger.unsettled("source"), key=self._gave, reverse=True):
             machine = self._registry.known(entry.machine)
             if machine is None or machine.definition.uuid != entry.uuid or entry.phase is Phase.KEPT:
                 continue
-            departure = self._departures[entry.id] = Departure(entry.id, machine)
-            departure.hold()
+            departure = Departure(entry.id, machine)
+            try:
+                departure.hold()
+            except Held:  # an older one that was never settled: only the newest, or the one that gave the machine away, is real
+                _log.error("a machine has more than one migration", extra={"machine": machine.name, "migration": entry.id})
+                continue
+            self._departures[entry.id] = departure
+
+    def _gave(self, entry: Entry) -> tuple[bool, str]:
+        machine = self._registry.known(entry.machine)
+        given = machine.definition.given if machine is not None else None
+        return (given is not None and given.migration == entry.id, entry.began_at)
 
     def go_on(self) -> None:
         """After processes were taken over: goes on with each where it stood."""
@@ -224,6 +239,9 @@ class Departures:
                 self._tasks.start(self._ledger.settle(entry.id), f"settle:{entry.machine}")
 
     async def _go_on(self, departure: Departure) -> None:
+        await self._deliveries.persist(departure, lambda: self._gone_on(departure), "to go on with its migration")
+
+    async def _gone_on(self, departure: Departure) -> None:
         entry, given = self._ledger.get(departure.migration), departure.machine.definition.given
         mine = given is not None and given.migration == entry.id
         if entry.phase in KEEPABLE and not mine:
@@ -242,7 +260,7 @@ class Departures:
 
     async def _is_halfway(self, departure: Departure) -> bool:
         machine = departure.machine
-        while self._ledger.get(departure.migration).offer.postcopy:
+        while not self._deliveries.closing and self._ledger.get(departure.migration).offer.postcopy:
             try:
                 return await is_halfway(machine)
             except QmpdError as error:
@@ -255,11 +273,11 @@ class Departures:
         entry = self._ledger.get(departure.migration)
         async with self._peering.dial(self._peering.peers.get(entry.peer)) as link:
             try:
-                await self._loaded(departure, link, halfway=True)
-            except MigrationFailed as error:
-                await self._kept(departure, error.message)
+                await self._giving.loaded(departure, link, halfway=True)
+            except (MigrationFailed, PeerError) as error:  # its destination has lost it, or somebody has ended this half
+                await self._kept(departure, error.message, lost=True)
                 return
-        await self._give(departure, went=entry.went)
+        await self._giving.give(departure, went=entry.went, halfway=True)
         await self._delivered_again(departure)
 
     async def _delivered_again(self, departure: Departure) -> None:
@@ -290,83 +308,38 @@ class Departures:
                     await self._ledger.step(migration, Step.PERFORM)
                     await shipment.send()
             async with alongside(belongings.settle(), f"belongings:{machine.name}") as settling:
-                await self._loaded(departure, link, halfway=shipment.postcopy)
+                await self._giving.loaded(departure, link, halfway=shipment.postcopy)
                 await settling
             report.point_of_no_return(f"machine {machine.name!r} is being given to {peer.name}")
-            await self._give(departure, went=shipment.went)
+            await self._giving.give(departure, went=shipment.went, halfway=shipment.postcopy)
         except BaseException as error:
-            undecided = departure.giving and not isinstance(error, _NOT_WRITTEN)
+            undecided = departure.giving and not isinstance(error, NOT_WRITTEN)
             if machine.definition.given is None and not undecided:
                 await undivided(self._keep(departure, _words(error)), f"keep:{machine.name}")
             raise
         return accepted, shipment
 
-    async def _loaded(self, departure: Departure, link: PeerDaemon, *, halfway: bool) -> None:
-        """Returns when the destination says that it holds the whole state, or of a guest that is `halfway` all that it needs to run: then
-        there is no way back, and no limit."""
-        migration = departure.migration
-        loop = asyncio.get_running_loop()
-        until = loop.time() + LOADED_DEADLINE_S
-        while True:
-            try:
-                found = await asked(lambda: link.loaded(migration, LoadedRequest(timeout_s=LOADED_WAIT_S)))
-            except PeerError as error:
-                if not halfway and loop.time() > until:
-                    raise
-                departure.problem = f"whether the destination has the guest is not known: {error.message}"
-                await asyncio.sleep(AGAIN_S)
-                continue
-            departure.problem = ""
-            if found.phase is Phase.LOADED:
-                return
-            if found.phase is not Phase.AWAITING or (not halfway and loop.time() > until):
-                raise MigrationFailed(f"the destination does not hold the machine: it is {found.phase}. {found.reason}".rstrip())
-
-    async def _give(self, departure: Departure, *, went: bool) -> None:
-        """The commit by which the other host becomes the owner. Until its outcome is known nothing else may be done."""
-        machine, entry = departure.machine, self._ledger.get(departure.migration)
-        given = msgspec.structs.replace(machine.definition, given=Given(peer=entry.peer, migration=entry.id, epoch=entry.epoch))
-        departure.giving = True
-        await passing("ownership-give")
-        while True:
-            # The note of it shares the transaction wherever it can.
-            stored = self._registry.store(machine, given, machine.revision)
-            noted = self._ledger.step(entry.id, Step.GIVE, went=went)
-            committed, written = await asyncio.gather(stored, noted, return_exceptions=True)
-            if isinstance(committed, Unknown):
-                departure.problem = f"whether the machine was given away is not certain yet: {committed.message}"
-                await asyncio.sleep(DOUBT_S)
-                continue
-            if isinstance(committed, BaseException):
-                raise committed
-            if isinstance(written, BaseException):
-                _log.error("a step of a migration was not noted", extra={"machine": machine.name, "error": str(written)})
-            break
-        departure.problem = ""
-        await passing("ownership-given")
-
     async def _keep(self, departure: Departure, reason: str) -> None:
         """The machine stays, but for one that is halfway: of that nothing whole is left to keep, and the only way is forward."""
         if await self._is_halfway(departure):
             if not self._deliveries.closing:
-                self._tasks.start(self._through(departure), f"through:{departure.machine.name}")
+                self._tasks.start(self._go_through(departure), f"through:{departure.machine.name}")
             return
         await self._kept(departure, reason)
 
-    async def _kept(self, departure: Departure, reason: str) -> None:
-        """Its QEMU is put back to what it was, and the peer is told until it has heard."""
+    async def _go_through(self, departure: Departure) -> None:
+        await self._deliveries.persist(departure, lambda: self._through(departure), "to bring its guest to its destination")
+
+    async def _kept(self, departure: Departure, reason: str, *, lost: bool = False) -> None:
+        """Its QEMU is put back to what it was, and the peer is told until it has heard. Of a guest that is `lost` nothing is left."""
         machine, entry = departure.machine, self._ledger.get(departure.migration)
-        while entry.phase in KEEPABLE:
-            try:
-                await self._shipping.recall(machine, entry)
-                entry = await self._ledger.step(entry.id, Step.KEEP, reason=reason)
-                break
-            except QmpdError as error:
-                departure.problem = f"it stays here, and is not as it was yet: {error.message}"
-                _log.error("machine is not as before its migration", extra={"machine": machine.name, "error": error.message})
-                if self._deliveries.closing:
-                    return
-            await asyncio.sleep(DOUBT_S)
+
+        async def kept() -> Entry:
+            await self._shipping.recall(machine, entry, lost=lost)
+            now = self._ledger.get(entry.id)
+            return await self._ledger.step(entry.id, Step.KEEP, reason=reason) if now.phase in KEEPABLE else now
+
+        entry = await self._deliveries.persist(departure, kept, "to make it as it was")
         self._departures.pop(entry.id, None)
         departure.release()
         self._publish("migration.kept", machine.name, {"migration": entry.id, "peer": entry.peer, "reason": reason})
@@ -385,7 +358,11 @@ class Departures:
         async with self._peering.dial(peer) as link:
             while True:
                 try:
-                    await asked(partial(link.discard, entry.id, DiscardRequest(reason=entry.reason)))
+                    found = await asked(partial(link.discard, entry.id, DiscardRequest(reason=entry.reason)))
+                    if found.phase in {Phase.TAKEN, Phase.ARRIVED}:
+                        reason = f"{entry.peer} says that it owns the machine, which was kept here: a person took it there"
+                        _log.error("two owners", extra={"machine": entry.machine, "peer": entry.peer, "migration": entry.id})
+                        self._publish("migration.doubt", entry.machine, {"migration": entry.id, "peer": entry.peer, "reason": reason})
                     break
                 except PeerError as error:
                     if code_of(error) == "not_found":

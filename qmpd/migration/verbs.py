@@ -213,6 +213,7 @@ class Migration:
             yield
         finally:
             self._departures.close()
+            self._arrivals.close()
             await self._jobs.interrupt()
             await self._tasks.cancel()
 
