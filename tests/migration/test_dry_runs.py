@@ -13,7 +13,9 @@ import msgspec
 import pytest
 
 from qmpd.access import OURSELVES
+from qmpd.failpoint import arm
 from qmpd.lifecycle import State
+from qmpd.migration import trial
 from qmpd.migration.trial import PLACE
 from qmpd.migrationviews import DryRunReport, MigrateRequest
 from qmpd.spec import BlankDisk, Forward, ImageDisk, Kernel, UserNic
@@ -255,6 +257,26 @@ async def test_machines_of_a_peer_are_tried_one_after_the_other(short_directory:
         assert b.service.machines({}, None).machines == ()
         for name in names:
             await a.service.kill(name)
+
+
+async def test_a_qemu_that_is_silent_in_a_trial_is_ended_at_its_deadline(
+    short_directory: Path, guests: dict[str, Guest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pair(short_directory) as (a, _):
+        created = await a.service.create(spec_of(guests["x86_64-q35-quiet"], "one"), start=True)
+        assert (await tried(a, "one")).possible
+        monkeypatch.setattr(trial, "TRIAL_S", 5.0)
+        arm("migration-trial:hang")
+        try:
+            report = await tried(a, "one")
+        finally:
+            arm("")
+        assert [finding.message for finding in report.findings] == [
+            "the destination cannot start this machine: its QEMU did not answer within 5 s"
+        ]
+        assert qemus(created.uuid) == [created.pid]
+        assert left(short_directory / "b") == []
+        await a.service.kill("one")
 
 
 async def test_a_goal_that_cannot_be_kept_is_foretold(short_directory: Path, counting: Guest) -> None:
