@@ -156,6 +156,8 @@ class Pair:
 
     def send(self, here: Mover, port: int, at: int = 1) -> None:
         """Moves the whole state to where one listens; returns when the source says that it is `completed`. Raises MoveFailed."""
+        # It may have been a destination before, and said then what is waited for now.
+        here.events.clear()
         here.call("object-add", self._credentials(1 - at, "client"))
         here.call("migrate-set-parameters", {"tls-creds": CREDENTIALS, "tls-hostname": self._trusted.names[at], "max-bandwidth": 1 << 40})
         here.call("migrate-set-capabilities", _capabilities(*SOURCE))
