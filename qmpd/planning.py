@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
 from qmpd.board import NamedBoard
 from qmpd.errors import invalid
-from qmpd.facts import MachinePaths, World
+from qmpd.facts import FileFacts, MachinePaths, World
 from qmpd.launching import Launch
 from qmpd.plan import plan, resolve
 from qmpd.registry import Registry
-from qmpd.spec import Limits, MachineSpec
+from qmpd.spec import Limits, MachineSpec, PflashFirmware
 from qmpd.validation import problems
 from qmpd.validation.limits import limits
 from qmpd.validation.subject import Subject
 from qmpd.worlds import Worlds
+
+#: A file that QEMU can use.
+_PRESENT: Final = FileFacts(kind="file", readable=True, writable=True)
 
 
 class Planning:
@@ -22,10 +31,22 @@ class Planning:
         self._registry = registry
         self._worlds = worlds
 
-    async def launch(self, spec: MachineSpec, paths: MachinePaths | None = None) -> Launch:
-        """How a definition would be launched, at the place of its name or at another. Raises Invalid with all that is wrong with it."""
-        named, world = await self._worlds.of(spec, paths or self._registry.paths(spec.name))
-        return self._planned(spec, named, world)
+    async def launch(self, spec: MachineSpec, paths: MachinePaths | None = None, *, coming: frozenset[str] = frozenset()) -> Launch:
+        """How a definition would be launched, at the place of its name or at another, once the files in `coming` are there.
+
+        A machine that has its firmware's variables does not need the file any more that they were made of.
+
+        Raises:
+            Invalid: all that is wrong with it.
+        """
+        place = paths or self._registry.paths(spec.name)
+        named, world = await self._worlds.of(spec, place)
+        present = [path for path in coming if world.files.get(path, _PRESENT).kind == "missing"]
+        if isinstance(spec.firmware, PflashFirmware) and (
+            place.variables in coming or await asyncio.to_thread(Path(place.variables).exists)
+        ):
+            present.append(spec.firmware.vars)
+        return self._planned(spec, named, msgspec.structs.replace(world, files=world.files | dict.fromkeys(present, _PRESENT)))
 
     async def limits_unkept(self, spec: MachineSpec) -> dict[str, str]:
         """Why this host cannot hold a machine to each of its limits that it cannot hold it to; `""`: to none of them.

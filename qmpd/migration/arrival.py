@@ -208,6 +208,7 @@ class Endings:
             else:
                 arrival.problem = ""
                 break
+        await self._reception.secure(self._admissions.delivery(entry, tuple(machine.consoles)))
         await asyncio.to_thread(self._note_owned, machine)
         problem = arrival.problem
         await self._persist(arrival, lambda: self._ledger.step(entry.id, Step.RUN, reason=problem), "to note that it is here")

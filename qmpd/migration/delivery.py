@@ -223,7 +223,9 @@ class Deliveries:
 
         `found` is how far that host was, if it has just said so. Who is cancelled leaves it to the next daemon.
         """
-        belongings = departure.belongings or Belongings(departure.machine, departure.migration, link, self._journal)
+        machine = departure.machine
+        paths = self._registry.paths(machine.name)
+        belongings = departure.belongings or Belongings(machine, paths, departure.migration, link, self._journal)
         try:
             async with asyncio.timeout(REST_LIMIT_S):
                 while True:

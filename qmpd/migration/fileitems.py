@@ -130,26 +130,29 @@ class VariablesSender:
             PeerError: the other end does not take it, or does not answer.
             OSError: the file cannot be read.
         """
-        changed = await asyncio.to_thread(self._changed)
+        changed, quiet_since = await asyncio.to_thread(self._changed)
         for offset, data in changed:
             await patiently(partial(self._link.put_item, self._migration, VARIABLES, offset, data))
             self._sent[offset] = hashlib.sha256(data).digest()
+        self._quiet_since = quiet_since
         return len(changed)
 
-    def _changed(self) -> list[tuple[int, bytes]]:
-        """What is not there yet. A file that was written to long before it was read last is not read again: a guest waits."""
+    def _changed(self) -> tuple[list[tuple[int, bytes]], int]:
+        """What is not there yet, and since when nobody has written.
+
+        A file that is there, and was written to long before it was read, is not read again: a guest waits.
+        """
         with Opened(self._path) as file:
             now, written = time.time_ns(), os.fstat(file.descriptor).st_mtime_ns
             if written == self._quiet_since:
-                return []
+                return [], written
             found = []
             for offset in range(0, file.size, BLOCK):
                 data = os.pread(file.descriptor, BLOCK, offset)
                 if self._sent.get(offset) != hashlib.sha256(data).digest():
                     found.append((offset, data))
             # What is written within the same tick of the clock has the same time.
-            self._quiet_since = written if written + TICK_NS < now else -1
-            return found
+            return found, written if written + TICK_NS < now else -1
 
 
 async def patiently(ask: Callable[[], Awaitable[T]]) -> T:

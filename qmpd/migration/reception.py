@@ -22,6 +22,7 @@ from qmpd.migration.addresses import Listening, TcpAddress, TcpRange, UnixAddres
 from qmpd.migration.capabilities import Agreed, Dials
 from qmpd.migration.incoming import STAYS, Listen
 from qmpd.migration.itemdesk import Delivery, ItemDesk
+from qmpd.migration.items import targets
 from qmpd.migration.outgoing import Before
 from qmpd.migration.premises import is_shared
 from qmpd.migration.progress import NONE
@@ -88,7 +89,9 @@ class Reception:
             CannotMove: it would be another machine here.
             Invalid: all that is wrong with its definition on this host.
         """
-        launch = await planning.launch(without_forwards(msgspec.structs.replace(spec, accel=offer.accel)))
+        known = targets(spec, self._paths(spec.name))
+        coming = frozenset(known[parcel.item].path for parcel in offer.parcels if parcel.item in known)
+        launch = await planning.launch(without_forwards(msgspec.structs.replace(spec, accel=offer.accel)), coming=coming)
         if launch.machine != offer.machine:
             raise CannotMove(f"the machine is a {offer.machine} there, and would be a {launch.machine} here")
         return launch
@@ -231,6 +234,13 @@ class Reception:
         for port, console in machine.consoles.items():
             if (path := self._pipes(machine).get(f"serial{port}")) is not None:
                 await console.moved(path)
+
+    async def secure(self, delivery: Delivery) -> None:
+        """What came outlives a crash of the host, as well as that can be had: the source removes its own next."""
+        try:
+            await self._desk.place(delivery)
+        except QmpdError as error:
+            _log.warning("files of a machine are not on disk yet", extra={"machine": delivery.spec.name, "error": error.message})
 
     def _pipes(self, machine: Machine) -> Mapping[str, str]:
         return machine.launch.pipes if machine.launch is not None else {}

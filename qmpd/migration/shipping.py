@@ -193,7 +193,7 @@ class Shipping:
             accel=launch.accel,
             emulator_version=launch.emulator_version,
             disks=disks,
-            parcels=announced(machine),
+            parcels=await asyncio.to_thread(announced, machine, self._paths(machine.name)),
             channels=request.channels,
             postcopy=request.goal.then == "postcopy",
             tunnel=request.tunnel,

@@ -302,12 +302,12 @@ class Departures:
             entry = await self._ledger.step(migration, Step.ACCEPTED)
             async with self._shipping.shipment(machine, entry, accepted, peer, link, request.goal, report) as shipment:
                 departure.shipment = shipment
-                belongings = departure.belongings = Belongings(machine, migration, link, self._journal)
+                belongings = departure.belongings = Belongings(machine, self._registry.paths(machine.name), migration, link, self._journal)
                 async with belongings.following():
                     await shipment.prepare()
                     await self._ledger.step(migration, Step.PERFORM)
                     await shipment.send()
-            async with alongside(belongings.settle(), f"belongings:{machine.name}") as settling:
+            async with alongside(belongings.settle(runs=shipment.went), f"belongings:{machine.name}") as settling:
                 await self._giving.loaded(departure, link, halfway=shipment.postcopy)
                 await settling
             report.point_of_no_return(f"machine {machine.name!r} is being given to {peer.name}")
