@@ -111,9 +111,9 @@ def _twin(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[Migrati
         return
     yield from discrepancies(departure.qemu, arrival.qemu)
     here, there = departure.qemu.capabilities, arrival.qemu.capabilities
-    wanted = {"multifd": departure.channels > 0, "postcopy-ram": departure.postcopy}
+    wanted = {"multifd": departure.channels > 0, "postcopy-ram": departure.postcopy, "dirty-bitmaps": departure.bitmaps}
     for name in (name for name, is_wanted in wanted.items() if is_wanted and not (name in here and name in there)):
-        yield found("error", "capability-missing", f"the goal needs {name}, which is not in both QEMUs", mend="leave it out")
+        yield found("error", "capability-missing", f"it needs {name}, which is not in both QEMUs", mend="leave it out")
 
 
 def _alias(departure: SourceFacts, _arrival: DestinationFacts) -> Iterator[MigrationFinding]:

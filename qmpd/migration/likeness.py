@@ -129,7 +129,7 @@ class TargetDisk(Part, frozen=True, kw_only=True):
 
 class SourceFacts(Part, frozen=True, kw_only=True):
     """A machine at its source. `works` is what its board file says of migration, `alias` the machine type as the definition has it.
-    `channels` and `postcopy` are what the request asks for."""
+    `channels` and `postcopy` are what the request asks for; `bitmaps`: its disks have some."""
 
     name: str
     uuid: str
@@ -143,6 +143,7 @@ class SourceFacts(Part, frozen=True, kw_only=True):
     forwards: tuple[HostPort, ...] = ()
     channels: int = 0
     postcopy: bool = False
+    bitmaps: bool = False
 
 
 class Obstacle(Part, frozen=True, kw_only=True):

@@ -58,8 +58,11 @@ class DiskOffer(Request, frozen=True, kw_only=True):
 
 
 class Offer(Request, frozen=True, kw_only=True):
-    """A machine that another host offers to hand over. `state` is what it does there now, `parcels` what it brings beside its memory.
-    `unlimited`: it is taken without its limits where they cannot be kept."""
+    """A machine that another host offers to hand over.
+
+    `state` is what it does there now, `parcels` what it brings beside its memory. `bitmaps`: its disks have some, which move along.
+    `unlimited`: it is taken without its limits where they cannot be kept.
+    """
 
     protocol: int
     id: MigrationId
@@ -76,6 +79,7 @@ class Offer(Request, frozen=True, kw_only=True):
     parcels: Annotated[tuple[Parcel, ...], Meta(max_length=MAX_PARCELS)] = ()
     channels: Annotated[int, Meta(ge=0, le=255)] = 0
     postcopy: bool = False
+    bitmaps: bool = False
     tunnel: bool = False
     unlimited: bool = False
 
@@ -109,6 +113,7 @@ class Acceptance(View, frozen=True, kw_only=True):
     disks: tuple[DiskAccepted, ...] = ()
     channels: int = 0
     postcopy: bool = False
+    bitmaps: bool = False
     emulator_version: str
     warnings: tuple[str, ...] = ()
     facts: DestinationFacts | None = None

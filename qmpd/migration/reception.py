@@ -140,7 +140,7 @@ class Reception:
             disks_at=where["disks"] if copied else None,
             disks=copied,
             tls=None if offer.tunnel else await self._tls(peer),
-            agreed=Agreed(channels=offer.channels, postcopy=offer.postcopy),
+            agreed=Agreed(channels=offer.channels, postcopy=offer.postcopy, bitmaps=offer.bitmaps),
             stays=STAYS in launch.features,
         )
         found = await incoming.listen(machine.session, wanted)
@@ -154,6 +154,7 @@ class Reception:
             disks=arranged.disks,
             channels=offer.channels,
             postcopy=offer.postcopy,
+            bitmaps=offer.bitmaps,
             emulator_version=launch.emulator_version,
         )
 

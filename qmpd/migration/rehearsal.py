@@ -110,6 +110,7 @@ class Rehearsals:
             forwards=forwarded(spec),
             channels=offer.channels,
             postcopy=offer.postcopy,
+            bitmaps=offer.bitmaps,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Final, Literal
@@ -22,6 +22,7 @@ from qmpd.machine import Machine
 from qmpd.migration import outgoing
 from qmpd.migration.addresses import Address, TcpAddress, UnixAddress
 from qmpd.migration.belongings import announced
+from qmpd.migration.bitmaps import Bitmap, bitmaps, check_movable
 from qmpd.migration.capabilities import Agreed
 from qmpd.migration.convergence import Abilities, Abort, Decision, Pause, Postcopy, Set, Tuner, opening, unattainable
 from qmpd.migration.ledger import Entry
@@ -174,12 +175,14 @@ class Shipping:
         """What the peer is told of a machine, and how its QEMU is before anything is changed in it.
 
         Raises:
-            CannotMove: a machine of this kind cannot be moved.
+            CannotMove: a machine of this kind cannot be moved, or a bitmap of its disks not.
         """
         launch, definition = machine.launch, machine.definition
         if launch is None or definition.adoption is not None:
             raise CannotMove(f"machine {machine.name!r} was started by somebody else: qmpd does not know all of it")
         disks = await self._disks(machine, request)
+        noted = await bitmaps(machine.session)
+        _check_bitmaps(noted, disks)
         offer = Offer(
             protocol=VERSION,
             id=migration,
@@ -196,6 +199,7 @@ class Shipping:
             parcels=await asyncio.to_thread(announced, machine, self._paths(machine.name)),
             channels=request.channels,
             postcopy=request.goal.then == "postcopy",
+            bitmaps=bool(noted),
             tunnel=request.tunnel,
             unlimited="limit-unkept" in request.accept,
         )
@@ -242,7 +246,7 @@ class Shipping:
                 disks_at=way.disks_at,
                 disks=tuple(DiskCopy(node=node_of(disk.index), export=disk.export) for disk in copied if disk.export is not None),
                 tls=way.tls,
-                agreed=Agreed(channels=accepted.channels, postcopy=accepted.postcopy),
+                agreed=Agreed(channels=accepted.channels, postcopy=accepted.postcopy, bitmaps=accepted.bitmaps),
                 helping=tuple(name for name in begun.capabilities if name != _POSTCOPY),
                 parameters=dict(begun.parameters),
                 bytes_per_s=None if goal.bandwidth_mib_s is None else goal.bandwidth_mib_s * MIB,
@@ -302,6 +306,14 @@ def moved(accepted: Acceptance, figures: Figures) -> tuple[MovedDisk, ...]:
 def node_of(index: int) -> str:
     """The block node of a disk, as the plan names it."""
     return f"disk{index}-image"
+
+
+def _check_bitmaps(noted: Mapping[str, tuple[Bitmap, ...]], disks: Iterable[DiskOffer]) -> None:
+    """Raises CannotMove for a bitmap that cannot be sent, or that the image could not keep which its disk is copied to."""
+    check_movable(noted)
+    for disk in disks:
+        if disk.format not in {None, "qcow2"} and any(bitmap.persistent for bitmap in noted.get(node_of(disk.index), ())):
+            raise CannotMove(f"disk {disk.index} has bitmaps, which no {disk.format} image can keep: copy it as qcow2, or remove them")
 
 
 def mark_of(path: str) -> FileMark | None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from qmpd.lifecycle import State
-from qmpd.spec import BlankDisk
+from qmpd.migrationviews import MigrateRequest
+from qmpd.spec import BlankDisk, ImageDisk
 from tests.api.lab import Daemon
 from tests.guests.build import Guest
 from tests.guests.ring import acknowledged, missing, read_ring
 from tests.machines import copy_of, spec_of
-from tests.migration.test_moves import HUNG_S, LOOK_S, moved, pair, printed
+from tests.migration.test_moves import HUNG_S, LOOK_S, ended, moved, pair, printed
 
 pytestmark = pytest.mark.qemu
 
@@ -66,3 +69,43 @@ async def test_a_disk_that_qmpd_made_moves_along_and_is_removed_where_it_was(sho
         assert not (short_directory / "a/s/machines/owner").exists()
         assert (short_directory / "b/s/machines/owner/disk0.qcow2").exists()
         await b.service.kill("owner")
+
+
+async def noted(there: Daemon, name: str) -> list[tuple[str, bool]]:
+    """The bitmaps of the machine's disks, and whether anything was noted in them."""
+    nodes = await there.service._registry.get(name).session.execute("query-named-block-nodes", {"flat": True})
+    assert isinstance(nodes, list)
+    return [(bitmap["name"], bitmap["count"] > 0) for node in nodes for bitmap in node.get("dirty-bitmaps", ()) if "name" in bitmap]
+
+
+async def kept_in(image: Path) -> list[str]:
+    """The bitmaps that an image has, when nobody uses it."""
+    process = await asyncio.create_subprocess_exec("qemu-img", "info", "--output=json", str(image), stdout=asyncio.subprocess.PIPE)
+    output, _ = await process.communicate()
+    return [bitmap["name"] for bitmap in json.loads(output)["format-specific"]["data"].get("bitmaps", ())]
+
+
+@pytest.mark.parametrize("how", ["shared", "copy"])
+async def test_what_was_noted_of_a_disk_moves_along(short_directory: Path, guests: dict[str, Guest], how: str) -> None:
+    guest = copy_of(guests["x86_64-pc-blocks"], short_directory)
+    here, there = short_directory / "here.qcow2", short_directory / ("here.qcow2" if how == "shared" else "there.qcow2")
+    convert = await asyncio.create_subprocess_exec("qemu-img", "convert", "-O", "qcow2", str(guest.file), str(here))
+    assert await convert.wait() == 0
+    spec = spec_of(guest, "writer", disks=(ImageDisk(path=str(here), format="qcow2", bus="ide"),))
+    async with pair(short_directory) as (a, b):
+        await a.service.create(spec, start=True)
+        wanted = {"node": "disk0-image", "name": "since-monday", "persistent": True}
+        await a.service._registry.get("writer").session.execute("block-dirty-bitmap-add", wanted)
+        await written(a, "writer", 10)
+        choice = {"disk": 0, "how": how} | ({"path": str(there)} if how == "copy" else {})
+        if how == "copy":
+            raw = msgspec.convert({"peer": "b", "disks": [{**choice, "format": "raw"}]}, MigrateRequest)
+            refused = await ended(a, await a.service.migration.migrate("writer", raw))
+            assert refused.error is not None
+            assert refused.error["code"] == "cannot_move"
+            assert "bitmaps" in str(refused.error["message"])
+        await moved(a, "writer", "b", disks=[choice])
+        assert await noted(b, "writer") == [("since-monday", True)]
+        await written(b, "writer", 10)
+        await b.service.stop("writer")
+    assert await kept_in(there) == ["since-monday"]
