@@ -23,6 +23,7 @@ from qmpd.inventory import Inventory
 from qmpd.jobs import open_jobs
 from qmpd.journal import open_journal
 from qmpd.migration.admission import Admissions
+from qmpd.migration.diskmoves import DiskMoves
 from qmpd.migration.history import HistoryDesk
 from qmpd.migration.itemdesk import ItemDesk
 from qmpd.migration.ledger import open_ledger
@@ -111,6 +112,7 @@ async def running(settings: Settings, environ: Mapping[str, str], dial: Dial = n
             tokens=tokens,
             peering=peering,
             migration=migration,
+            disk_moves=DiskMoves(store, registry, jobs, settings.pools),
             audit=await stack.enter_async_context(open_audit(Path(settings.state_dir), settings.audit_log_mib * MIB)),
             items=items,
             history=HistoryDesk(bus, admissions.arrived),
@@ -199,6 +201,7 @@ async def _housekeeping(settings: Settings, registry: Registry, service: Service
     async with background() as tasks:
         registry.on_end = Restarts(tasks, tally.restarting(start), lambda: not service.host.under_way).ended
         await _adopt_all(service.rescue.recovery, tasks, service.serving)
+        await service.disk_moves.settle_all(tasks)
         tasks.start(service.rescue.recovery.watch_strays(), "strays")
         tasks.start(keep_trimmed(registry.capped_files), "trim-logs")
         tasks.start(sampler.run(), "figures")

@@ -74,6 +74,24 @@ class MigrateRequest(Request, frozen=True, kw_only=True):
     accept: Annotated[tuple[Word, ...], Meta(max_length=16)] = ()
 
 
+class MoveDiskRequest(Request, frozen=True, kw_only=True):
+    """Move a disk to the file `path` of this host, which must not exist, as `format` (default: the same). `bandwidth_mib_s`: at most."""
+
+    path: Path
+    format: DiskFormat | None = None
+    bandwidth_mib_s: BandwidthMib | None = None
+
+
+class DiskMoved(View, frozen=True, kw_only=True):
+    """A disk that was moved, which the guest and the definition use there; `bytes` is its size."""
+
+    machine: str
+    disk: int
+    path: str
+    format: DiskFormat
+    bytes: int
+
+
 class ResolveRequest(Request, frozen=True, kw_only=True):
     """Settle a migration of which this daemon cannot find out how it ended, on a person's word that the other side does not run the
     machine: `keep` it here (at its source), `take` it over (at its destination), or `discard` what came of it (at its destination).

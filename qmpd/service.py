@@ -26,6 +26,7 @@ from qmpd.journal import Journal
 from qmpd.launching import Launch
 from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine, now
+from qmpd.migration.diskmoves import DiskMoves
 from qmpd.migration.history import HistoryDesk
 from qmpd.migration.itemdesk import ItemDesk
 from qmpd.migration.verbs import Migration
@@ -85,6 +86,7 @@ class Service:
         peering: Peering,
         history: HistoryDesk,
         migration: Migration,
+        disk_moves: DiskMoves,
         planning: Planning,
         audit: Audit,
         items: ItemDesk,
@@ -96,6 +98,7 @@ class Service:
         self.peering = peering
         self.history = history
         self.migration = migration
+        self.disk_moves = disk_moves
         self.audit = audit
         self.authority = Authority(settings.pki_dir, peering)
         self.items = items

@@ -24,7 +24,7 @@ COMMANDS: Final = {
         "definitions": ("validate", "command", "create", "replace", "edit", "delete", "protect", "unprotect", "definition"),
         "machines": ("list", "show", "screenshot", "send-key", "qmp"),
         "power": ("start", "stop", "kill", "reset", "pause", "resume", "shutdown", "wait"),
-        "migrating": ("migrate", "migration-tune", "migrations", "migration-resolve"),
+        "migrating": ("migrate", "migration-tune", "migrations", "migration-resolve", "move-disk"),
         "draining": ("drain",),
         "recovery": ("reattach", "power-off", "forget", "processes", "adopt"),
         "consoles": ("console", "log", "expect"),

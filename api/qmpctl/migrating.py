@@ -20,7 +20,7 @@ from qmpctl.tables import ago, print_facts, print_json, print_table, printable
 if TYPE_CHECKING:
     import msgspec
 
-    from qmpd.migrationviews import MigrateRequest, MigrationView
+    from qmpd.migrationviews import MigrateRequest, MigrationView, MoveDiskRequest
     from qmpd.views import JobView
     from qmpd_api.client import Client
 
@@ -263,3 +263,27 @@ def migration_resolve_command(name: str, action: str | None, yes: bool) -> None:
 
     request = converted({"action": action, "confirm": name}, ResolveRequest)
     _show(perform(lambda client: client.resolve_migration(name, request)))
+
+
+@click.command("move-disk", cls=Verb)
+@click.argument("name", shell_complete=machine_names)
+@click.argument("index", type=click.IntRange(min=0))
+@click.argument("path")
+@click.option("--format", "image_format", type=click.Choice(["raw", "qcow2"]), help="Of the new image (default: the same).")
+@click.option("--bandwidth", type=SizeType(), metavar="AMOUNT", help="At most so much a second, like 100MiB.")
+def move_disk_command(name: str, index: int, path: str, image_format: str | None, bandwidth: int | None) -> int:
+    """Move disk INDEX of a running machine to the file PATH of its host, which must not exist. An interrupt leaves the move alone."""
+    from qmpd.migrationviews import MoveDiskRequest
+
+    fields = {"path": path, "format": image_format, "bandwidth_mib_s": bandwidth}
+    request = converted(fields, MoveDiskRequest)
+    job = perform(lambda client: _disk_moved(client, name, index, request))
+    if as_json():
+        print_json(job)
+    return exit_of(job)
+
+
+async def _disk_moved(client: Client, name: str, index: int, request: MoveDiskRequest) -> JobView:
+    job = await client.move_disk(name, index, request)
+    with meter(f"moving disk {index} of {name} to {request.path}") as show:
+        return await client.wait_job(job.id, show)

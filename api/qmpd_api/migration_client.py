@@ -7,7 +7,7 @@ from typing import Final
 
 from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.protocol import Acceptance, DiscardRequest, Endpoint, Handover, Landed, LoadedRequest, Offer, RecoverRequest, Standing
-from qmpd.migrationviews import GoalChanges, MigrateRequest, MigrationList, MigrationView, ResolveRequest
+from qmpd.migrationviews import GoalChanges, MigrateRequest, MigrationList, MigrationView, MoveDiskRequest, ResolveRequest
 from qmpd.views import JobView
 from qmpd_api.connection import MARGIN_S, PROBE_DEADLINE_S, Connection, segment
 
@@ -29,6 +29,10 @@ class MigrationVerbs(ABC):
         """Move a machine to a peer; returns the job that does it. Its result is a MigrationReport, or with `dry_run` a DryRunReport."""
         path = f"/v1/machines/{segment(name)}/migrate"
         return await self.connection.call("POST", path, JobView, body=request, deadline_s=PROBE_DEADLINE_S)
+
+    async def move_disk(self, name: str, disk: int, request: MoveDiskRequest) -> JobView:
+        """Move a disk of a running machine to another file of its host; returns the job that does it. Its result is a DiskMoved."""
+        return await self.connection.call("POST", f"/v1/machines/{segment(name)}/disks/{disk}/move", JobView, body=request)
 
     async def tune_migration(self, name: str, changes: GoalChanges) -> MigrationView:
         """Give a migration that is under way another goal."""

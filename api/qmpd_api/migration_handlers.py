@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.protocol import Acceptance, DiscardRequest, Endpoint, Handover, Landed, LoadedRequest, Offer, RecoverRequest, Standing
-from qmpd.migrationviews import GoalChanges, MigrateRequest, MigrationList, MigrationView, ResolveRequest
+from qmpd.migrationviews import GoalChanges, MigrateRequest, MigrationList, MigrationView, MoveDiskRequest, ResolveRequest
 from qmpd.views import JobView
 from qmpd_api.exchange import Call
 from qmpd_api.queries import JobsQuery, Query
@@ -13,6 +13,11 @@ from qmpd_api.queries import JobsQuery, Query
 async def migrate(call: Call[MigrateRequest, Query]) -> JobView:
     """Move a machine."""
     return await call.service.migration.migrate(call.name, call.body)
+
+
+async def move_disk(call: Call[MoveDiskRequest, Query]) -> JobView:
+    """Move a disk on this host."""
+    return await call.service.disk_moves.move(call.name, call.id, call.body)
 
 
 async def tune_migration(call: Call[GoalChanges, Query]) -> MigrationView:

@@ -109,7 +109,7 @@ class Mirrors:
     def progress(self, jobs: Mapping[str, Job]) -> tuple[DiskProgress, ...]:
         """The jobs as figures."""
         return tuple(
-            DiskProgress(node=disk.node, done_bytes=jobs[name].done, total_bytes=jobs[name].total, ready=jobs[name].status == "ready")
+            DiskProgress(node=disk.export, done_bytes=jobs[name].done, total_bytes=jobs[name].total, ready=jobs[name].status == "ready")
             for name, disk in self._disks.items()
             if name in jobs
         )

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Final
 
 from qmpd.errors import MigrationFailed, QemuRefused
 from qmpd.migration.blockjobs import Job, concluded, jobs, words
 from qmpd.migration.progress import DiskProgress
-from qmpd.migration.qemu import Qemu, has_command, run_state
+from qmpd.migration.qemu import Qemu, run_state
 from qmpd.migration.watch import Watch, watching
+from qmpd.tasks import undivided
 
 #: The names of the jobs; a disk moves once at a time.
 PREFIX: Final = "qmpd-relocation"
-#: A command since QEMU 10.0, the first for which the change under a guest that writes was seen to be safe.
-_SAFE: Final = "blockdev-set-active"
 #: A copy within the host that does not move for so long: its storage is gone.
 STALL_LIMIT_S: Final = 120.0
+
+Step = Callable[[], Awaitable[None]]
+
+
+async def _nothing() -> None:
+    """Nobody has anything to do."""
 
 
 async def relocate(
@@ -27,6 +32,8 @@ async def relocate(
     target: Mapping[str, object],
     report: Callable[[DiskProgress], Awaitable[None]],
     *,
+    halting: Step = _nothing,
+    changed: Step = _nothing,
     bytes_per_s: int | None = None,
     top: bool = False,
 ) -> None:
@@ -35,6 +42,8 @@ async def relocate(
     When it returns the guest uses `target`, and everything that was written is in it; `node` is in nobody's use and can be deleted.
     Whatever else happens, the guest goes on with `node`, and `target` is not attached any more; only after a cancellation while QEMU
     changes over it may be the other way round. With `top` only the top layer is copied, onto what is below it in `target` as well.
+    `halting` comes before the guest is halted for the change, `changed` when it uses the new image and stands still; after an error of
+    `changed` it stays halted.
 
     Raises:
         MigrationFailed: the copy failed or stood still.
@@ -47,33 +56,35 @@ async def relocate(
     await qemu.execute("blockdev-add", target)
     try:
         await qemu.execute("blockdev-mirror", arguments)
-        await _finish(qemu, job, node, report)
+        with watching(qemu) as watch:
+            await _until_ready(qemu, job, node, watch, report)
+        await halting()
+        await undivided(_change_over(qemu, job, node, changed), f"change-over:{node}")
     except BaseException:
-        await _undo(qemu, job, name)
+        await undo(qemu, node, name)
         raise
 
 
-async def _finish(qemu: Qemu, job: str, node: str, report: Callable[[DiskProgress], Awaitable[None]]) -> None:
-    with watching(qemu) as watch:
-        await _until_ready(qemu, job, node, watch, report)
-        async with _quiet(qemu):
+async def _change_over(qemu: Qemu, job: str, node: str, changed: Step) -> None:
+    """Halts the guest for the change: 7.2 aborts when a write comes in between, and what `changed` writes down must come first."""
+    ran = await run_state(qemu) == "running"
+    if ran:
+        await qemu.execute("stop")
+    try:
+        with watching(qemu) as watch:
             await qemu.execute("job-complete", {"id": job})
             ended = await concluded(qemu, job, watch)
+    except QemuRefused:  # the guest has its old disk
+        if ran:
+            await qemu.execute("cont")
+        raise
     if ended is None or ended.error is not None:
+        if ran:
+            await qemu.execute("cont")
         raise MigrationFailed(f"disk {node!r} could not be moved: {words(ended)}", node=node)
+    await changed()
     await qemu.execute("job-dismiss", {"id": job})
-
-
-@asynccontextmanager
-async def _quiet(qemu: Qemu) -> AsyncIterator[None]:
-    """Halts the guest for the moment of the change, where QEMU needs that: 7.2 aborts when a write comes in between."""
-    if await has_command(qemu, _SAFE) or await run_state(qemu) != "running":
-        yield
-        return
-    await qemu.execute("stop")
-    try:
-        yield
-    finally:
+    if ran:
         await qemu.execute("cont")
 
 
@@ -94,7 +105,9 @@ async def _until_ready(qemu: Qemu, name: str, node: str, watch: Watch, report: C
         await watch.wake()
 
 
-async def _undo(qemu: Qemu, job: str, target: str) -> None:
+async def undo(qemu: Qemu, node: str, target: str) -> None:
+    """Ends the move of a disk to the node `target`, wherever it is. Which one the guest has then is to be asked."""
+    job = f"{PREFIX}-{node}"
     with watching(qemu) as watch:
         there = (await jobs(qemu)).get(job)
         if there is not None and there.status != "concluded":
