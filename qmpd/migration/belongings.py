@@ -19,10 +19,10 @@ from qmpd.facts import MachinePaths
 from qmpd.journal import Journal
 from qmpd.machine import Machine
 from qmpd.migration.consolelogs import LogSender
-from qmpd.migration.fileitems import VARIABLES, VariablesSender
+from qmpd.migration.fileitems import VariablesSender
 from qmpd.migration.history import tell
 from qmpd.migration.items import log_item
-from qmpd.migration.parcels import ItemStanding, Parcel
+from qmpd.migration.parcels import VARIABLES, ItemStanding, Parcel
 from qmpd.migration.protocol import TAIL_BYTES, ConsoleEnd, LogReceived, console_end
 from qmpd.peers import PeerDaemon
 from qmpd.spec import PflashFirmware

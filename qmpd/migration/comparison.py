@@ -13,7 +13,7 @@ from qmpd.migrationviews import MigrationFinding, Severity
 
 MIB: Final = 1024 * 1024
 Check: TypeAlias = Callable[[SourceFacts, DestinationFacts], Iterator[MigrationFinding]]
-#: Where the template of firmware variables is named. A machine that lives has its own, which travel with its state.
+#: Where the template of firmware variables is named. A machine has its own, which travel with it.
 VARIABLES: Final = "firmware.vars"
 _ORDER: Final[dict[Severity, int]] = {"error": 0, "warning": 1, "info": 2}
 
@@ -130,7 +130,11 @@ def _alias(departure: SourceFacts, _arrival: DestinationFacts) -> Iterator[Migra
 def _firmware(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     there = {file.role: file for file in arrival.firmware}
     for file in departure.firmware:
-        yield from _firmware_file(file, there.get(file.role))
+        if file.role != VARIABLES:
+            yield from _firmware_file(file, there.get(file.role))
+        elif VARIABLES not in there:
+            message = "the file that the variables were made of is not at the destination: the machine brings its own along"
+            yield found("warning", "template-missing", message, path=f"$.{VARIABLES}", mend="copy the source's file to the destination")
 
 
 def _firmware_file(here: FirmwareFile, there: FirmwareFile | None) -> Iterator[MigrationFinding]:
@@ -140,7 +144,7 @@ def _firmware_file(here: FirmwareFile, there: FirmwareFile | None) -> Iterator[M
     elif here.bytes != there.bytes:
         message = f"this file has {here.bytes} bytes, and {there.bytes} at the destination"
         yield found("error", "firmware-size", message, path=path, mend=mend)
-    elif here.sha256 != there.sha256 and here.role != VARIABLES:
+    elif here.sha256 != there.sha256:
         message = "this file is another one at the destination: the guest keeps what it has, and gets the other when it is started again"
         yield found("warning", "firmware-differs", message, path=path, mend=mend)
 

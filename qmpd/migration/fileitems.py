@@ -15,7 +15,7 @@ from typing import Final, Protocol, TypeVar
 
 from qmpd.errors import MigrationFailed, PeerSilent, PeerUnavailable
 from qmpd.migration.extents import BLOCK, Opened, blocks, fingerprint
-from qmpd.migration.parcels import ItemStanding
+from qmpd.migration.parcels import VARIABLES, ItemStanding
 from qmpd.tasks import alongside, undivided
 
 #: A peer that does not answer is tried again so often, with so long between; its daemon may be restarted meanwhile.
@@ -23,8 +23,6 @@ ATTEMPTS: Final = 20
 AGAIN_S: Final = 1.5
 #: A disk in terabytes takes the other end this long to read again, and more.
 DIGEST_LIMIT_S: Final = 6 * 3600.0
-#: The item of `VariablesSender`.
-VARIABLES: Final = "vars"
 #: Times of files are as exact as the kernel's clock ticks; on a network they may come from another clock.
 TICK_NS: Final = 2_000_000_000
 

@@ -12,6 +12,8 @@ from msgspec import Meta
 from qmpd.viewbase import Request, View
 
 ITEM_PATTERN: Final = r"^(?:(?:disk|log)-(?:0|[1-9][0-9]?)|vars|stderr|exit)\Z"
+#: The item that a firmware's variables are.
+VARIABLES: Final = "vars"
 #: Larger than any file system takes as one file today; sizes come from outside.
 MAX_BYTES: Final = 2**50
 #: Every disk that a definition may have, its logs, and what else there is of it.

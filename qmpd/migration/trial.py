@@ -23,7 +23,9 @@ from qmpd.errors import Busy, HostError, Invalid, QmpdError
 from qmpd.facts import MachinePaths
 from qmpd.failpoint import passing
 from qmpd.launching import Launch
+from qmpd.migration.items import MAX_VARIABLES_BYTES
 from qmpd.migration.likeness import DestinationFacts, Obstacle, QemuFacts, TargetDisk
+from qmpd.migration.parcels import VARIABLES
 from qmpd.migration.premises import Premises
 from qmpd.migration.protocol import Offer
 from qmpd.migration.survey import surveyed
@@ -104,6 +106,9 @@ class Trials:
     async def _surveyed(self, offer: Offer, targets: tuple[TargetDisk, ...]) -> QemuFacts:
         async with self._place() as place:
             paths = MachinePaths(run=str(place), state=str(place))
+            variables = next((parcel.size for parcel in offer.parcels if parcel.item == VARIABLES), None)
+            if variables is not None:
+                await asyncio.to_thread(_make_sparse, paths.variables, min(variables, MAX_VARIABLES_BYTES))
             launch = await self._planning.launch(_stood_in(offer, targets), paths)
             plan = _sized(launch, offer, paths)
             await make(plan.blank_images, plan.copies)
@@ -123,6 +128,15 @@ class Trials:
             yield place
         finally:
             await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
+
+
+def _make_sparse(path: str, size: int) -> None:
+    """In place of the variables that the machine will bring."""
+    try:
+        with Path(path).open("xb") as file:
+            file.truncate(size)
+    except OSError as error:
+        raise shortage(error) or HostError(f"{path} cannot be made: {error.strerror}", path=path) from error
 
 
 def _stood_in(offer: Offer, targets: tuple[TargetDisk, ...]) -> MachineSpec:

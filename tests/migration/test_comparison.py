@@ -238,6 +238,7 @@ OTHER_SOURCE: Final[dict[str, tuple[SourceFacts, list[Found]]]] = {
     "alias": (replace(DEPARTURE, alias="q35"), [("info", "machine-alias")]),
     "several connections": (replace(DEPARTURE, channels=4), []),
     "postcopy": (replace(DEPARTURE, postcopy=True), []),
+    "template missing": (replace(DEPARTURE, firmware=(replace(FIRMWARE, role="firmware.vars"),)), [("warning", "template-missing")]),
     "firmware missing": (replace(DEPARTURE, firmware=(replace(FIRMWARE, role="kernel.image"),)), [("error", "firmware-missing")]),
     "firmware of another size": (replace(DEPARTURE, firmware=(replace(FIRMWARE, bytes=7),)), [("error", "firmware-size")]),
     "other firmware": (replace(DEPARTURE, firmware=(replace(FIRMWARE, sha256="bb"),)), [("warning", "firmware-differs")]),
