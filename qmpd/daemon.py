@@ -27,6 +27,7 @@ from qmpd.migration.diskmoves import DiskMoves
 from qmpd.migration.history import HistoryDesk
 from qmpd.migration.itemdesk import ItemDesk
 from qmpd.migration.ledger import open_ledger
+from qmpd.migration.succession import Successions
 from qmpd.migration.verbs import Migration
 from qmpd.peering import Peering, nowhere
 from qmpd.peers import Dial, Peers
@@ -107,8 +108,11 @@ async def running(settings: Settings, environ: Mapping[str, str], dial: Dial = n
             items=items,
             publish=bus.publish,
         )
+        succession_tasks = await stack.enter_async_context(background())
+        successions = Successions(registry=registry, planner=planning.launch, jobs=jobs, tasks=succession_tasks, publish=bus.publish)
         service = Service(
             settings=settings,
+            successions=successions,
             tokens=tokens,
             peering=peering,
             migration=migration,
@@ -139,9 +143,11 @@ async def running(settings: Settings, environ: Mapping[str, str], dial: Dial = n
         await registry.load()
         await tokens.load()
         migration.restore()
+        await successions.restore()
         await asyncio.to_thread(confiner.sweep)
         await stack.enter_async_context(_housekeeping(settings, registry, service, tally, sampler))
         await stack.enter_async_context(migration.at_work())
+        successions.go_on()
         yield service
 
 

@@ -123,6 +123,14 @@ CATALOGUE: Final[Mapping[str, Failpoint]] = {
     "ownership-return": Failpoint(before="the commit that takes a machine back that its destination never ran", error=_no_space),
     "peer-ask": Failpoint(before="a request to a peer", error=lambda: PeerUnavailable("the link is down")),
     "peer-answered": Failpoint(before="the answer of a peer being looked at", error=lambda: PeerUnavailable("the link is down")),
+    # One QEMU taking the place of another.
+    "succession-note": Failpoint(before="the note that a QEMU is to take the place of another being written", error=_FULL),
+    "succession-move": Failpoint(before="the guest's state being moved to the new QEMU"),
+    "succession-commit": Failpoint(before="the launch record that makes the new QEMU the machine's", error=_FULL),
+    "succession-committed": Failpoint(before="the old QEMU being ended"),
+    "succession-log": Failpoint(before="the new QEMU's piece of a console's log becoming a part of it", error=_IO),
+    "succession-cont": Failpoint(before="the guest being set going in the new QEMU", error=lambda: QemuDied("the monitor ended")),
+    "succession-settle": Failpoint(before="what is left of the old QEMU being removed", error=_IO),
     # Another host's machine on its way here.
     "migration-trial": Failpoint(before="the questions to a QEMU that tries a machine for another host"),
     "migration-log-write": Failpoint(before="bytes of a console's log that arrive being written", error=_FULL),

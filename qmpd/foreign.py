@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from pathlib import Path
 
 from qmpd.commandline import qmp_places
 from qmpd.hostprocess import HostProcess, holds, process, qemus
@@ -15,13 +14,13 @@ from qmpd.journal import timestamp
 from qmpd.processviews import ProcessView
 from qmpd.redaction import redacted
 from qmpd.registry import Registry
-from qmpd.runlock import LOCK_NAME
+from qmpd.runlock import lock_paths
 
 
 async def listed(registry: Registry) -> list[ProcessView]:
     """Every QEMU of this host that this daemon may see, by number."""
     connected = connected_pids(registry)
-    locks = {str(Path(registry.paths(machine.name).state) / LOCK_NAME): machine.name for machine in registry}
+    locks = {path: machine.name for machine in registry for path in lock_paths(registry.paths(machine.name).state)}
     return await asyncio.to_thread(_listed, connected, locks)
 
 

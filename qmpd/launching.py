@@ -29,7 +29,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """A plan, where it is carried out, and what the record says of the emulator.
 
     `confiner` is there if the definition has limits, `head_start` if its QEMU is on its way to the gate already, `incoming` if QEMU is to
-    take in the state that a migration of this id brings.
+    take in the state that a migration of this id brings, `beside` if it is to take the place of one that lives.
     """
 
     plan: LaunchPlan
@@ -42,6 +42,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     log_cap_bytes: int
     paused: bool = False
     incoming: str | None = None
+    beside: bool = False
     confiner: Confiner | None = None
     head_start: HeadStart | None = None
 
@@ -148,14 +149,14 @@ def _gated(what: Launch, definition: Definition, records: list[LaunchRecord], ad
     """Everything between a plan and a process that waits to become QEMU, in one go: a start has few steps between threads."""
     _make_ready(what)
     plan = what.plan
-    with taken(what.state_dir) as lock, listening(plan.listeners()) as listeners:
+    with taken(what.state_dir, beside=what.beside) as lock, listening(plan.listeners()) as listeners:
         descriptors = {name: listener.fileno() for name, listener in listeners.items()}
         argv = plan.argv(descriptors)
 
         def write(identity: Identity) -> None:
             # While the gate is being made ready by the kernel: it opens no sooner than all of this is there.
             for pipe in plan.serial_pipes().values():
-                make_pipe(pipe, what.log_cap_bytes)
+                make_pipe(pipe, what.log_cap_bytes, beside=what.beside)
             record = _record(what, definition, argv, identity)
             write_record(what.run_dir, record)
             records.append(record)
@@ -206,12 +207,15 @@ def _make_ready(what: Launch) -> None:
             raise HostError(f"{path} is gone: restore it, or create the machine anew", path=path)
 
 
-def make_pipe(pipe: SerialPipe, cap_bytes: int) -> None:
-    """Both ends of a serial port for a QEMU that is about to be launched, in place of those of the one before. Blocks. Raises OSError."""
+def make_pipe(pipe: SerialPipe, cap_bytes: int, *, beside: bool = False) -> None:
+    """Both ends of a serial port for a QEMU that is about to be launched, in place of those of the one before. Blocks. Raises OSError.
+
+    With `beside` another QEMU still writes to the log, and what this one writes is no part of it yet (`segments.beside`).
+    """
     written, typed = Path(f"{pipe.path}.out"), Path(f"{pipe.path}.in")
     for end in (written, typed):
         end.unlink(missing_ok=True)
     failpoint("log-piece")
-    written.symlink_to(segments.begin(pipe.log, cap_bytes))
+    written.symlink_to(segments.beside(pipe.log) if beside else segments.begin(pipe.log, cap_bytes))
     failpoint("fifo-make")
     os.mkfifo(typed, 0o600)

@@ -232,10 +232,10 @@ class Machine:
         await self._spawn_task(partial(self._launch, launch))
 
     async def adopt(self, record: LaunchRecord, process: QemuProcess, paths: MachinePaths) -> None:
-        """Takes over a process that an earlier daemon launched, and asks it for everything. Returns after the first attempt."""
+        """Takes over a process that runs already, and asks it for everything. Returns after the first attempt."""
         await self._over()
         self.launch = record
-        self.happen(Happening.FOUND)
+        self.found()
         await self._spawn_task(partial(self._adopt, record, process, paths))
 
     def found(self) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta
 
-from qmpd.spec import MAX_DISKS, DiskFormat, Name, Path, Text, Word
+from qmpd.spec import EMULATOR_PATTERN, MAX_DISKS, DiskFormat, Name, Path, Text, Word
 from qmpd.viewbase import Request, View
 
 #: What happens at the deadline to a guest that changes its memory faster than it can be sent.
@@ -90,6 +90,28 @@ class DiskMoved(View, frozen=True, kw_only=True):
     path: str
     format: DiskFormat
     bytes: int
+
+
+class UpgradeRequest(Request, frozen=True, kw_only=True):
+    """Have another QEMU take the place of a machine's: the one that a start would take now, or `emulator` (a name, or a path). The
+    definition stays as it is."""
+
+    emulator: Annotated[str, Meta(pattern=EMULATOR_PATTERN, max_length=4096)] | None = None
+
+
+class UpgradeReport(View, frozen=True, kw_only=True):
+    """Which QEMU took the place of which. `downtime_ms`: how long the guest stood still. `problems`: what the new one lacks."""
+
+    machine: str
+    emulator: str
+    emulator_version: str
+    before: str
+    before_version: str
+    pid: int
+    before_pid: int
+    downtime_ms: float
+    total_ms: float
+    problems: tuple[str, ...] = ()
 
 
 class ResolveRequest(Request, frozen=True, kw_only=True):

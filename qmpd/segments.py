@@ -13,6 +13,8 @@ from typing import Final
 
 #: Digits of an offset in a name, so that names sort like numbers.
 DIGITS: Final = 20
+#: What a piece is called that will be the next one.
+NEXT: Final = ".next"
 
 
 def pieces(stem: str, suffix: str = "") -> list[tuple[int, Path]]:
@@ -48,6 +50,22 @@ def begin(stem: str, cap_bytes: int) -> Path:
     piece = named(stem, base)
     piece.touch(mode=0o600)
     return piece
+
+
+def beside(stem: str) -> Path:
+    """An empty piece for a writer that will go on where another one still writes: no part of the log before `joined`."""
+    piece = Path(f"{stem}{NEXT}")
+    piece.unlink(missing_ok=True)
+    piece.touch(mode=0o600)
+    return piece
+
+
+def joined(stem: str) -> Path:
+    """The newest piece of the log, once the one that was begun beside it, if there is any, has become that. Nobody writes meanwhile."""
+    piece = Path(f"{stem}{NEXT}")
+    if piece.exists():
+        piece.rename(named(stem, size_and_tail(stem, 0)[0]))  # in place of the writer's before only if that is empty
+    return pieces(stem)[-1][1]
 
 
 def size_and_tail(stem: str, limit: int) -> tuple[int, bytes]:

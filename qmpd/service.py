@@ -29,6 +29,7 @@ from qmpd.machine import Machine, now
 from qmpd.migration.diskmoves import DiskMoves
 from qmpd.migration.history import HistoryDesk
 from qmpd.migration.itemdesk import ItemDesk
+from qmpd.migration.succession import Successions
 from qmpd.migration.verbs import Migration
 from qmpd.peering import Peering
 from qmpd.planning import Planning
@@ -87,6 +88,7 @@ class Service:
         history: HistoryDesk,
         migration: Migration,
         disk_moves: DiskMoves,
+        successions: Successions,
         planning: Planning,
         audit: Audit,
         items: ItemDesk,
@@ -99,6 +101,7 @@ class Service:
         self.history = history
         self.migration = migration
         self.disk_moves = disk_moves
+        self.successions = successions
         self.audit = audit
         self.authority = Authority(settings.pki_dir, peering)
         self.items = items

@@ -18,7 +18,7 @@ from qmpd.errors import AlreadyExists, HostError, NoSpace, QmpdError
 from qmpd.facts import FileFacts
 from qmpd.failpoint import failpoint
 from qmpd.plan import BlankImage, Copy
-from qmpd.runlock import LOCK_NAME
+from qmpd.runlock import LOCK_NAMES
 from qmpd.spec import BiosFirmware, ImageDisk, MachineSpec, PflashFirmware
 
 #: Never a source of images or kernels, whatever the pools say.
@@ -282,7 +282,7 @@ def make_place(directory: str) -> None:
     own = Path(directory)
     try:
         if own.is_dir() and not is_unfinished(directory):
-            kept = sorted(entry.name for entry in own.iterdir() if entry.name != LOCK_NAME)
+            kept = sorted(entry.name for entry in own.iterdir() if entry.name not in LOCK_NAMES)
             if kept:
                 what = ", ".join(kept[:SHOWN_NAMES])
                 raise AlreadyExists(

@@ -15,7 +15,7 @@ from qmpd.facts import MachinePaths
 from qmpd.hostprocess import HostProcess, holders
 from qmpd.journal import timestamp
 from qmpd.record import RECORD_NAME, Definition, LaunchRecord
-from qmpd.runlock import LOCK_NAME
+from qmpd.runlock import lock_paths
 
 #: What the shell is called that waits to become QEMU (`qmpd.process`).
 _GATE: Final = "qmpd-gate"
@@ -35,7 +35,7 @@ def record_of_holder(definition: Definition, paths: MachinePaths) -> LaunchRecor
     Raises:
         Unidentified: nobody whom this daemon may see holds it, or somebody who is no QEMU of this machine.
     """
-    found = holders(str(Path(paths.state) / LOCK_NAME))
+    found = [one for path in lock_paths(paths.state) for one in holders(path)]
     ours = [one for one in found if _is_of(definition, one)]
     if len(ours) == 1:
         return _record(ours[0], definition, paths)

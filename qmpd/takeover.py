@@ -26,7 +26,7 @@ from qmpd.process import NotOurs, QemuProcess, adopt
 from qmpd.processviews import AdoptRequest
 from qmpd.record import Adoption, Definition, LaunchRecord, record_of_adopted, write_record
 from qmpd.registry import Registry
-from qmpd.runlock import LOCK_NAME
+from qmpd.runlock import lock_paths
 from qmpd.session import GREETING_DEADLINE_S
 from qmpd.spec import MachineSpec
 from qmpd.store import Lost
@@ -74,7 +74,7 @@ class Takeover:
         ours = connected_pids(self._registry)
         if pid in ours:
             raise AlreadyExists(f"process {pid} is machine {ours[pid]!r} of this daemon", machine=ours[pid])
-        locks = {str(Path(self._registry.paths(machine.name).state) / LOCK_NAME): machine.name for machine in self._registry}
+        locks = {path: machine.name for machine in self._registry for path in lock_paths(self._registry.paths(machine.name).state)}
         return await asyncio.to_thread(_examined, pid, locks)
 
     async def _stored(self, request: AdoptRequest, path: str, found: HostProcess, findings: Findings) -> tuple[Machine, LaunchRecord]:

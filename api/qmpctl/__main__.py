@@ -26,6 +26,7 @@ COMMANDS: Final = {
         "power": ("start", "stop", "kill", "reset", "pause", "resume", "shutdown", "wait"),
         "migrating": ("migrate", "migration-tune", "migrations", "migration-resolve", "move-disk"),
         "draining": ("drain",),
+        "upgrading": ("upgrade-emulator",),
         "recovery": ("reattach", "power-off", "forget", "processes", "adopt"),
         "consoles": ("console", "log", "expect"),
         "history": ("events", "jobs", "job", "cancel"),

@@ -7,7 +7,7 @@ from typing import Final
 
 from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.protocol import Acceptance, DiscardRequest, Endpoint, Handover, Landed, LoadedRequest, Offer, RecoverRequest, Standing
-from qmpd.migrationviews import GoalChanges, MigrateRequest, MigrationList, MigrationView, MoveDiskRequest, ResolveRequest
+from qmpd.migrationviews import GoalChanges, MigrateRequest, MigrationList, MigrationView, MoveDiskRequest, ResolveRequest, UpgradeRequest
 from qmpd.views import JobView
 from qmpd_api.connection import MARGIN_S, PROBE_DEADLINE_S, Connection, segment
 
@@ -33,6 +33,11 @@ class MigrationVerbs(ABC):
     async def move_disk(self, name: str, disk: int, request: MoveDiskRequest) -> JobView:
         """Move a disk of a running machine to another file of its host; returns the job that does it. Its result is a DiskMoved."""
         return await self.connection.call("POST", f"/v1/machines/{segment(name)}/disks/{disk}/move", JobView, body=request)
+
+    async def upgrade_emulator(self, name: str, request: UpgradeRequest) -> JobView:
+        """Have another QEMU take the place of a machine's; returns the job that does it. Its result is an UpgradeReport."""
+        path = f"/v1/machines/{segment(name)}/upgrade-emulator"
+        return await self.connection.call("POST", path, JobView, body=request, deadline_s=PROBE_DEADLINE_S)
 
     async def tune_migration(self, name: str, changes: GoalChanges) -> MigrationView:
         """Give a migration that is under way another goal."""

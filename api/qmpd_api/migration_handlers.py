@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.protocol import Acceptance, DiscardRequest, Endpoint, Handover, Landed, LoadedRequest, Offer, RecoverRequest, Standing
-from qmpd.migrationviews import GoalChanges, MigrateRequest, MigrationList, MigrationView, MoveDiskRequest, ResolveRequest
+from qmpd.migrationviews import GoalChanges, MigrateRequest, MigrationList, MigrationView, MoveDiskRequest, ResolveRequest, UpgradeRequest
 from qmpd.views import JobView
 from qmpd_api.exchange import Call
 from qmpd_api.queries import JobsQuery, Query
@@ -18,6 +18,11 @@ async def migrate(call: Call[MigrateRequest, Query]) -> JobView:
 async def move_disk(call: Call[MoveDiskRequest, Query]) -> JobView:
     """Move a disk on this host."""
     return await call.service.disk_moves.move(call.name, call.id, call.body)
+
+
+async def upgrade_emulator(call: Call[UpgradeRequest, Query]) -> JobView:
+    """Replace the QEMU under a running machine."""
+    return await call.service.successions.upgrade(call.name, call.body)
 
 
 async def tune_migration(call: Call[GoalChanges, Query]) -> MigrationView:

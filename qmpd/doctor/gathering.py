@@ -17,7 +17,7 @@ from qmpd.facts import FileFacts, MachinePaths
 from qmpd.hostcheck.resources import volume
 from qmpd.hostcheck.tree import HostTree
 from qmpd.hostprocess import qemus
-from qmpd.runlock import LOCK_NAME, is_taken
+from qmpd.runlock import is_taken
 from qmpd.segments import first
 from qmpd.settings import Settings
 from qmpd.spec import BlankDisk, ImageDisk, MachineSpec
@@ -103,7 +103,7 @@ def of_left_over(settings: Settings, known: Callable[[], frozenset[str]], damage
 
 def _left_over(parent: str, known: frozenset[str], damaged: frozenset[str]) -> list[LeftOver]:
     return [
-        LeftOver(directory=str(path), damaged=path.name in damaged, held=(path / LOCK_NAME).exists() and is_taken(str(path)))
+        LeftOver(directory=str(path), damaged=path.name in damaged, held=is_taken(str(path)))
         for path in sorted(Path(parent).iterdir())
         if path.is_dir() and path.name not in known
     ]

@@ -117,7 +117,7 @@ def _of_machine(machine: MachineSeen) -> Iterator[DoctorFinding]:
     yield from _of_endings(machine, where)
     if machine.replaced:
         what = f"its emulator {machine.emulator} was replaced since: it runs the old one, and an upgrade is pending"
-        yield _finding("note", where, what, f"qmpctl shutdown {machine.name} and qmpctl start {machine.name}, when it suits")
+        yield _finding("note", where, what, f"qmpctl upgrade-emulator {machine.name}, when it suits")
     for port in machine.full_consoles:
         what = f"the log of serial port {port} is at its limit: the oldest output is no longer kept"
         yield _finding("note", where, what, f"save what is needed (qmpctl log {machine.name}), or raise console_log_mib in the settings")

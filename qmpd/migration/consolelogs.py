@@ -208,6 +208,16 @@ def settle_numbering(pipes: Iterable[SerialPipe], tails: Sequence[ConsoleEnd], c
     return received
 
 
+def follow_on(pipe: str) -> None:
+    """The piece that a QEMU writes to through `pipe`.out, which was begun beside the log of the one before, becomes the newest of the log.
+    Nobody writes meanwhile. Killed at any point and called again, it ends in the same state. Blocks. Raises OSError."""
+    link = Path(f"{pipe}.out")
+    target = link.readlink()
+    if target.name.endswith(segments.NEXT):
+        failpoint("succession-log")
+        _relink(link, segments.joined(str(target).removesuffix(segments.NEXT)))
+
+
 def _end_of(base: int, path: Path) -> int:
     return base + path.stat().st_size
 

@@ -32,8 +32,8 @@ FURTHER = {
     "files-removed": (2,),
     "record-remove": (2,),
 }
-#: These are passed when a machine comes from another host, and killed at in tests/migration.
-ELSEWHERE = ("migration-", "ownership-", "peer-")
+#: These are passed when a machine comes from another host, or gets another QEMU, and killed at in tests/migration.
+ELSEWHERE = ("migration-", "ownership-", "peer-", "succession-")
 #: What hangs for ever, and what is answered meanwhile: without its database the daemon still knows its machines.
 MEMORY = ("/machines", "/version")
 HANGS = {

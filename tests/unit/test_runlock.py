@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,26 @@ def test_who_takes_it_does_not_see_those_who_look(tmp_path: Path) -> None:
         while not all(look.done() for look in seen):
             with taken(str(tmp_path)) as descriptor:
                 assert os.fstat(descriptor).st_size == 0
+
+
+def test_one_that_takes_the_place_of_another_holds_the_other_lock(tmp_path: Path) -> None:
+    with taken(str(tmp_path)):
+        with taken(str(tmp_path), beside=True), pytest.raises(Held), taken(str(tmp_path), beside=True):
+            pass
+        assert is_taken(str(tmp_path))
+    assert not is_taken(str(tmp_path))
+
+
+def test_a_machine_is_alive_whichever_lock_is_held(tmp_path: Path) -> None:
+    with ExitStack() as old:
+        old.enter_context(taken(str(tmp_path)))
+        with taken(str(tmp_path), beside=True):
+            old.close()
+            assert is_taken(str(tmp_path))
+            with pytest.raises(Held), taken(str(tmp_path)):
+                pass
+            with taken(str(tmp_path), beside=True):  # the next one has the first again
+                assert is_taken(str(tmp_path))
+    assert not is_taken(str(tmp_path))
+    with taken(str(tmp_path)):
+        pass

@@ -119,3 +119,26 @@ def test_any_pieces_read_like_one(tmp_path: Path, texts: list[bytes], offset: in
         write(stem, text)
     assert whole(stem, offset, limit=limit)[1] == b"".join(texts)[offset:]
     assert segments.size_and_tail(stem, 0)[0] == len(b"".join(texts))
+
+
+def test_a_piece_that_was_begun_beside_a_log_follows_it(tmp_path: Path) -> None:
+    stem = str(tmp_path / "log")
+    segments.begin(stem, 100).write_bytes(b"one")
+    piece = segments.beside(stem)
+    assert [base for base, _ in segments.pieces(stem)] == [0]
+    segments.named(stem, 0).write_bytes(b"one two")  # who wrote before goes on until the last moment
+    own = segments.joined(stem)
+    assert own == segments.named(stem, 7)
+    assert not piece.exists()
+    own.write_bytes(b"three")
+    assert (segments.read(stem, 0, 100), segments.read(stem, 7, 100)) == ((0, b"one two"), (7, b"three"))
+    assert segments.joined(stem) == own
+
+
+def test_a_piece_that_was_begun_beside_an_empty_one_takes_its_place(tmp_path: Path) -> None:
+    stem = str(tmp_path / "log")
+    segments.begin(stem, 100).write_bytes(b"one")
+    assert segments.begin(stem, 100) == segments.named(stem, 3)
+    segments.beside(stem).write_bytes(b"")
+    assert segments.joined(stem) == segments.named(stem, 3)
+    assert [base for base, _ in segments.pieces(stem)] == [0, 3]
