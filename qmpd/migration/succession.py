@@ -207,6 +207,7 @@ class Successions:
         while not await machine.until(AT_REST, 0):
             try:
                 await ended(note.old)
+                await _logs_joined(machine)
                 await machine.until(AT_REST | FROM, AGAIN_S)
                 if note.went and machine.state is not State.RUNNING:
                     await machine.session.execute("cont")
@@ -315,6 +316,16 @@ def _join_logs(record: LaunchRecord) -> None:
     """The consoles' bytes go on where those of the QEMU before ended. Nobody writes meanwhile. Blocks. Raises OSError."""
     for pipe in record.pipes.values():
         follow_on(pipe)
+
+
+async def _logs_joined(machine: Machine) -> None:
+    """The same where the machine follows its QEMU already, in case it was not done before. Raises OSError."""
+    if machine.launch is None:
+        return
+    await asyncio.to_thread(_join_logs, machine.launch)
+    for index, console in machine.consoles.items():
+        if (pipe := machine.launch.pipes.get(f"serial{index}")) is not None:
+            await console.moved(pipe)
 
 
 async def _on_disk(work: Callable[[], None]) -> None:

@@ -6,8 +6,8 @@ import asyncio
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -16,7 +16,7 @@ import pytest
 from qmpd.access import OURSELVES
 from qmpd.daemon import running
 from qmpd.errors import CannotMove, Held, NotFound, WrongState
-from qmpd.failpoint import VARIABLE
+from qmpd.failpoint import VARIABLE, arm
 from qmpd.forwards import in_force
 from qmpd.lifecycle import State
 from qmpd.migration.successor import PLACES
@@ -49,6 +49,15 @@ HUNG_S = 120.0
 def counting(guests: dict[str, Guest], short_directory: Path) -> Guest:
     """A guest that counts, on a disk of its own: two that run at the same time lock each other's."""
     return copy_of(guests["x86_64-q35"], short_directory)
+
+
+@contextmanager
+def armed(failpoint: str) -> Iterator[None]:
+    arm(failpoint)
+    try:
+        yield
+    finally:
+        arm("")
 
 
 async def ended(service: Service, job: JobView) -> JobView:
@@ -210,6 +219,64 @@ async def test_a_guest_goes_over_to_a_newer_qemu(settings: Settings, counting: G
         await printed(service, 200)
         await service.pause(NAME)
         assert check_trace(await everything(service)).breaks == ()
+        await service.kill(NAME)
+
+
+@pytest.mark.parametrize(
+    ("failpoint", "code"),
+    [("succession-note:error", "no_space"), ("succession-note:error@2", "no_space"), ("succession-commit:error", "no_space")],
+)
+async def test_what_cannot_be_written_down_leaves_the_old_qemu_running(
+    settings: Settings, counting: Guest, failpoint: str, code: str
+) -> None:
+    async with running(settings, {}) as service:
+        created = await service.create(spec_of(counting, NAME), start=True)
+        await printed(service, 100)
+        with armed(failpoint):
+            job = await ended(service, await service.successions.upgrade(NAME, UpgradeRequest()))
+        assert job.error is not None
+        assert job.error["code"] == code
+        async with asyncio.timeout(HUNG_S):
+            while (view := service.machine(NAME)).state is not State.RUNNING:
+                await asyncio.sleep(LOOK_S)
+        assert (view.operation, view.pid, qemus(settings)) == (None, created.pid, [created.pid])
+        await printed(service, 100)
+        await upgraded(service)
+        await printed(service, 100)
+        await service.pause(NAME)
+        assert check_trace(await everything(service)).breaks == ()
+        await service.kill(NAME)
+
+
+@pytest.mark.parametrize("failpoint", ["succession-log:error@1", "succession-cont:error@1"])
+async def test_a_new_qemu_that_is_not_set_going_at_once_is_a_moment_later(settings: Settings, counting: Guest, failpoint: str) -> None:
+    async with running(settings, {}) as service:
+        await service.create(spec_of(counting, NAME), start=True)
+        await printed(service, 100)
+        with armed(failpoint):
+            report = await upgraded(service)
+        view = service.machine(NAME)
+        assert (view.state, view.pid, qemus(settings)) == (State.RUNNING, report.pid, [report.pid])
+        await printed(service, 100)
+        await service.pause(NAME)
+        assert check_trace(await everything(service)).breaks == ()
+        await service.kill(NAME)
+
+
+async def test_a_job_that_is_cancelled_leaves_the_old_qemu_running(settings: Settings, counting: Guest) -> None:
+    async with running(settings, {}) as service:
+        created = await service.create(spec_of(counting, NAME), start=True)
+        with armed("succession-move:hang"):
+            job = await service.successions.upgrade(NAME, UpgradeRequest())
+            async with asyncio.timeout(HUNG_S):
+                while len(qemus(settings)) < 2:
+                    await asyncio.sleep(LOOK_S)
+            with pytest.raises(Held):
+                await service.pause(NAME)
+            assert (await service.cancel(job.id)).state == "cancelled"
+        view = service.machine(NAME)
+        assert (view.state, view.operation, view.pid, qemus(settings)) == (State.RUNNING, None, created.pid, [created.pid])
+        await printed(service, 100)
         await service.kill(NAME)
 
 
