@@ -27,6 +27,7 @@ from qmpd.migration.outgoing import Before
 from qmpd.monitor import Monitor
 from qmpd.process import ExitStatus, Identity, NotOurs, QemuProcess, adopt
 from qmpd.record import Definition, LaunchRecord, read_record
+from qmpd.segments import NEXT
 from qmpd.session import Session
 from qmpd.shortage import shortage
 from qmpd.tasks import alongside
@@ -92,12 +93,20 @@ def clear_places(run_dir: str, leader: LaunchRecord) -> None:
     place = Path(leader.sockets["qmp"]).parent
     for name in PLACES:
         if name != place.name:
-            shutil.rmtree(Path(run_dir) / name, ignore_errors=True)
+            _remove(Path(run_dir) / name)
     if str(place) == run_dir:
         return
     for path in Path(run_dir).iterdir():
         if path.is_socket() or path.is_fifo() or path.is_symlink():
             path.unlink()
+
+
+def _remove(place: Path) -> None:
+    """Removes the place of a QEMU that has ended, and the pieces of logs that it wrote and that became no part of any."""
+    for link in place.glob("*.out"):
+        if link.is_symlink() and (piece := link.readlink()).name.endswith(NEXT):
+            piece.unlink(missing_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
 
 
 async def ended(identity: Identity) -> None:
@@ -120,7 +129,7 @@ async def end_unled(note: Note) -> None:
     """Ends the successor that did not become the machine's QEMU, and removes what was made for it. Raises HostError."""
     with suppress(FileNotFoundError, ValueError):
         await ended((await asyncio.to_thread(read_record, note.directory)).identity)
-    await asyncio.to_thread(shutil.rmtree, note.directory, ignore_errors=True)
+    await asyncio.to_thread(_remove, Path(note.directory))
 
 
 class Successor:

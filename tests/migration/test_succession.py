@@ -169,6 +169,7 @@ async def test_a_new_qemu_that_does_not_start_leaves_the_old_one_running(
         assert qemus(settings) == [created.pid]
         place = Path(settings.run_dir) / "m" / NAME
         assert not [path.name for path in place.iterdir() if path.is_dir()]
+        assert not [path for path in (Path(settings.state_dir) / "machines" / NAME).iterdir() if path.name.endswith(".next")]
         assert check_trace(await everything(service)).breaks == ()
         await upgraded(service)
         await service.kill(NAME)
