@@ -27,7 +27,7 @@ from qmpd.record import Definition
 from qmpd.runlock import is_taken
 from qmpd.settings import Settings
 from qmpd.spec import BlankDisk, MachineSpec, SerialConsole
-from qmpd.storage import mark_finished, mark_unfinished, remove_machine_files, settle, unfinished
+from qmpd.storage import clear_unfinished, mark_finished, mark_unfinished, remove_machine_files, settle, unfinished
 from qmpd.store import Lost, Store, Unknown
 from qmpd.tasks import undivided
 from qmpd.views import ExitView
@@ -263,7 +263,7 @@ class Registry:
 
     async def dismiss(self, machine: Machine) -> None:
         """Removes a machine at rest that this host does not own, and what was made for it here."""
-        await undivided(self._forget(machine, "machine.dismissed"), f"dismiss:{machine.name}")
+        await undivided(self._forget(machine, "machine.dismissed", clear_unfinished), f"dismiss:{machine.name}")
 
     async def depart(self, machine: Machine) -> None:
         """Removes a machine at rest that another host owns now: its record first, then its files here. Raises as `delete` does."""
@@ -310,9 +310,9 @@ class Registry:
                 if isinstance(error, Lost):
                     raise StaleRevision(f"machine {machine.name!r} was changed meanwhile", revision=error.actual) from error
                 raise
-        await self._forget(machine, event)
+        await self._forget(machine, event, remove_machine_files)
 
-    async def _forget(self, machine: Machine, event: str) -> None:
+    async def _forget(self, machine: Machine, event: str, remove: Callable[[str], None]) -> None:
         """Follows the record that is gone: memory, and then files."""
         del self._machines[machine.name]
         machine.asked_to_end = True  # nobody shall start it again
@@ -321,8 +321,8 @@ class Registry:
             await asyncio.to_thread(self.check_vacant, machine.name)
             paths = self.paths(machine.name)
             try:
-                for directory in (paths.run, paths.state):
-                    await asyncio.to_thread(remove_machine_files, directory)
+                await asyncio.to_thread(remove_machine_files, paths.run)
+                await asyncio.to_thread(remove, paths.state)
             except OSError as error:
                 raise HostError(f"machine {machine.name!r} is deleted, but not all its files: {error}") from error
 

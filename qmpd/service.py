@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import msgspec
 
 from qmpd import __version__, operating, power
-from qmpd.access import OURSELVES, Caller, in_scope
+from qmpd.access import OURSELVES, Caller, in_scope, only_reads
 from qmpd.audit import Audit
 from qmpd.authority import Authority
 from qmpd.board import NamedBoard
@@ -214,8 +214,7 @@ class Service:
     async def update(self, name: str, changes: MachineChanges, revision: int) -> MachineView:
         """Changes of a definition what no QEMU knows of, in any state of the machine. Raises Held while it moves to another host."""
         machine = self._registry.get(name)
-        if machine.operation == "migrate":
-            raise Held(f"machine {name!r} is held by 'migrate'", holder="migrate", state=str(machine.state))
+        _check_stays(machine)
         await self._registry.update(machine, changed(machine.definition.spec, changes), revision)
         return machine.view()
 
@@ -316,8 +315,11 @@ class Service:
 
     async def qmp(self, name: str, request: QmpRequest, caller: Caller) -> QmpAnswer:
         """Passes a QMP command through, if this caller may."""
+        machine = self._registry.get(name)
+        if not only_reads(request.execute):
+            _check_stays(machine)
         known = msgspec.structs.replace(caller, unrestricted=caller.user is not None and caller.user in self._settings.qmp_users)
-        return await operating.pass_through(self._registry.get(name), request, known)
+        return await operating.pass_through(machine, request, known)
 
     async def screenshot(self, name: str) -> bytes:
         """The display as PNG."""
@@ -378,3 +380,9 @@ class Service:
         async with machine.held(verb):
             await verbs[verb](machine)
         return machine.view()
+
+
+def _check_stays(machine: Machine) -> None:
+    """Raises Held while a machine is on its way between two hosts."""
+    if machine.operation == "migrate":
+        raise Held(f"machine {machine.name!r} is held by 'migrate'", holder="migrate", state=str(machine.state))

@@ -140,16 +140,37 @@ async def make(blank: Sequence[BlankImage], copies: Sequence[Copy]) -> None:
         await asyncio.to_thread(_copy, copy)
 
 
-def _make_image(image: BlankImage) -> None:
+def claim(path: str) -> None:
+    """Takes a name for an image that is to be made there (`replace`), so that it can be nobody else's. Blocks.
+
+    Raises:
+        AlreadyExists: there is a file.
+        NoSpace, HostError: it cannot be made.
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        target.touch(mode=0o600, exist_ok=False)
+    except FileExistsError as error:
+        raise AlreadyExists(f"{target} exists", path=path) from error
+    except OSError as error:
+        raise _storage_error(error, target) from error
+
+
+def replace(image: BlankImage) -> None:
+    """Makes an image, whatever is there. Blocks. Raises as `make`."""
     target = Path(image.path)
-    if target.exists():
-        return
     with _making(target) as temporary:
         if image.format == "raw":
             with temporary.open("wb") as file:
                 file.truncate(image.size_bytes)
         else:
             _qemu_img("create", "-q", "-f", image.format, str(temporary), str(image.size_bytes))
+
+
+def _make_image(image: BlankImage) -> None:
+    if not Path(image.path).exists():
+        replace(image)
 
 
 def _qemu_img(*words: str) -> None:

@@ -39,8 +39,8 @@ from qmpd.planning import Planning
 from qmpd.record import Definition
 from qmpd.registry import Registry
 from qmpd.settings import Peer
-from qmpd.spec import Limits, MachineSpec
-from qmpd.storage import clear_unfinished, make, make_place
+from qmpd.spec import Limits
+from qmpd.storage import claim, clear_unfinished, make, make_place, replace
 from qmpd.tasks import Tasks, undivided
 
 #: After a restart of the daemon every QEMU that answers has been taken over by then.
@@ -299,7 +299,13 @@ class Arrivals:
             await asyncio.to_thread(self._registry.check_vacant, spec.name)
             arranged = await self._reception.arranged(offer, spec)
             facts = await self._premises.of(msgspec.structs.replace(offer, spec=spec))
-            entry = await self._ledger.begin(_first(peer.name, offer, arranged))
+            place = self._registry.paths(spec.name).state
+            await asyncio.to_thread(make_place, place)
+            try:
+                entry = await self._ledger.begin(_first(peer.name, offer, arranged))
+            except BaseException:
+                await asyncio.to_thread(clear_unfinished, place)
+                raise
             launch = await self._made_room(entry, arranged, facts)
             arrival = self._arrivals[entry.id] = Arrival(entry.id, entry.peer, self._registry.expect(_definition(entry)))
         try:
@@ -316,18 +322,22 @@ class Arrivals:
         return arrival.acceptance
 
     async def _made_room(self, entry: Entry, arranged: Arranged, facts: DestinationFacts) -> Launch:
-        """Makes the directory and the images, and plans the launch; when that fails nothing is left."""
-        state_dir = self._registry.paths(entry.machine).state
+        """Makes the images, and plans the launch; when that fails nothing is left."""
         try:
-            await asyncio.to_thread(make_place, state_dir)
-            await make(arranged.made, ())
-            launch = await self._reception.launch(entry.offer, _unlimited(entry.offer, arranged.spec, facts), self._planning)
+            for image in arranged.made:
+                await asyncio.to_thread(claim, image.path)
+                entry = await self._ledger.note(entry.id, made=(*entry.made, image.path))
+                await asyncio.to_thread(replace, image)
+            unlimited = entry.offer.unlimited and facts.limits_unkept  # where somebody took that upon himself
+            spec = msgspec.structs.replace(arranged.spec, limits=Limits()) if unlimited else arranged.spec
+            launch = await self._reception.launch(entry.offer, spec, self._planning)
             await self._reception.announced(self._admissions.delivery(entry, kept_ports(launch)))
             await make(launch.plan.blank_images, launch.plan.copies)
-        except BaseException as error:
-            await self._ledger.step(entry.id, Step.DISCARD, reason=str(error))
-            await asyncio.to_thread(clear_unfinished, state_dir)
+        except BaseException as error:  # perhaps a full file system, which takes no notes either
             await asyncio.to_thread(remove_made, entry.made)
+            with contextlib.suppress(HostError):  # the next daemon removes what is marked
+                await asyncio.to_thread(clear_unfinished, self._registry.paths(entry.machine).state)
+            await self._ledger.step(entry.id, Step.DISCARD, reason=error.message if isinstance(error, QmpdError) else repr(error))
             await self._ledger.settle(entry.id)
             raise
         return launch
@@ -377,16 +387,10 @@ def _first(peer: str, offer: Offer, arranged: Arranged) -> Entry:
         epoch=offer.epoch,
         phase=FIRST["destination"],
         offer=msgspec.structs.replace(offer, spec=arranged.spec),
-        made=tuple(image.path for image in arranged.made),
         went=offer.state == "running",
         began_at=moment,
         changed_at=moment,
     )
-
-
-def _unlimited(offer: Offer, spec: MachineSpec, facts: DestinationFacts) -> MachineSpec:
-    """The definition that is launched: without limits that cannot be kept, where somebody took that upon himself."""
-    return msgspec.structs.replace(spec, limits=Limits()) if offer.unlimited and facts.limits_unkept else spec
 
 
 def _definition(entry: Entry) -> Definition:

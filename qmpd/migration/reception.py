@@ -51,6 +51,9 @@ NUMBERING_AGAIN_S: Final = 0.2
 #: The sockets at which QEMU waits for what comes through a tunnel; no longer than the monitor's, whose length was checked.
 _PLACES: Final[dict[Channel, str]] = {"memory": "in-mem", "disks": "in-nbd"}
 
+#: Why a guest halts that nobody halted (`RunState`).
+_STOPPED_ITSELF: Final = frozenset({"guest-panicked", "internal-error", "io-error", "shutdown", "watchdog"})
+
 _log = logging.getLogger(__name__)
 
 
@@ -251,13 +254,13 @@ class Reception:
         return await self._desk.logs(delivery)
 
     async def go(self, machine: Machine, *, run: bool) -> None:
-        """Sets the guest going if it ran at the source.
+        """Sets the guest going if it ran at the source, and did not stop by itself at the last moment.
 
         Raises:
             QemuRefused: QEMU does not do it, because a disk is still locked, say.
         """
         session = machine.session
-        if not run:
+        if not run or await run_state(session) in _STOPPED_ITSELF:
             await session.ask_status(session.monitor)
             return
         loop = asyncio.get_running_loop()
@@ -276,17 +279,26 @@ class Reception:
     async def settle_in(self, machine: Machine, before: Dials | None, *, postcopy: bool) -> None:
         """What may happen while the guest runs: the network is told where the machine is, and QEMU is as if it had never migrated. With
         `postcopy` when all of its memory is here."""
+        for step in (self._announce, self._forward):
+            try:
+                await step(machine)
+            except QmpdError as error:
+                _log.warning("after a migration something was not done", extra={"machine": machine.name, "error": error.message})
         try:
-            await machine.session.execute("announce-self", _ANNOUNCEMENT)
             if postcopy:
                 await incoming.wait_loaded(machine.session)
             if before is not None:
                 await incoming.settle(machine.session, before)
-            for warning in (await remake(machine.session, machine.definition.spec)).warnings:
-                _log.warning("port is not forwarded", extra={"machine": machine.name, "reason": warning})
-                self._publish("machine.forward-lost", machine.name, {"reason": warning})
         except QmpdError as error:
             _log.warning("after a migration something was not put back", extra={"machine": machine.name, "error": error.message})
+
+    async def _announce(self, machine: Machine) -> None:
+        await machine.session.execute("announce-self", _ANNOUNCEMENT)
+
+    async def _forward(self, machine: Machine) -> None:
+        for warning in (await remake(machine.session, machine.definition.spec)).warnings:
+            _log.warning("port is not forwarded", extra={"machine": machine.name, "reason": warning})
+            self._publish("machine.forward-lost", machine.name, {"reason": warning})
 
 
 def kept_ports(launch: Launch) -> tuple[int, ...]:

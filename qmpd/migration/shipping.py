@@ -40,6 +40,7 @@ from qmpd.peers import PeerDaemon
 from qmpd.plan.disks import disk_path, is_read_only
 from qmpd.process import boot_id
 from qmpd.settings import Peer
+from qmpd.spec import BlankDisk
 from qmpd.views import Progress
 
 MIB: Final = 1024 * 1024
@@ -295,6 +296,18 @@ class Shipping:
             # The other half went with the destination's QEMU, and this one is of no use.
             _log.error("guest was lost between two hosts", extra={"machine": machine.name})
             await power.kill(machine)
+
+
+def check_answered(offer: Offer, accepted: Acceptance) -> None:
+    """Raises CannotMove unless the peer said of every disk, and as was asked, how it goes: another guest must not run there."""
+    answers = {disk.index: disk for disk in accepted.disks}
+    if len(answers) != len(accepted.disks) or set(answers) != {disk.index for disk in offer.disks}:
+        raise CannotMove("the peer did not say of each disk once how it goes")
+    for disk in offer.disks:
+        answer = answers[disk.index]
+        how = "copy" if isinstance(offer.spec.disks[disk.index], BlankDisk) else disk.how
+        if how not in {"auto", answer.how} or (answer.how == "copy") is (answer.export is None):
+            raise CannotMove(f"disk {disk.index} is offered as {how!r}, and the peer takes it as {answer.how!r}")
 
 
 def moved(accepted: Acceptance, figures: Figures) -> tuple[MovedDisk, ...]:

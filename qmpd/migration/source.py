@@ -29,7 +29,7 @@ from qmpd.migration.outgoing import Before
 from qmpd.migration.phases import FIRST, KEEPABLE, Phase, Step
 from qmpd.migration.protocol import Acceptance, DiscardRequest, Offer, Standing
 from qmpd.migration.rehearsal import Rehearsals
-from qmpd.migration.shipping import Shipment, Shipping, moved
+from qmpd.migration.shipping import Shipment, Shipping, check_answered, moved
 from qmpd.migrationviews import DryRunReport, GoalChanges, MigrateRequest, MigrationReport
 from qmpd.peering import Peering
 from qmpd.peers import PeerDaemon
@@ -298,6 +298,7 @@ class Departures:
         try:
             offer = self._ledger.get(migration).offer
             accepted = await insisted(lambda: link.offer(offer))
+            check_answered(offer, accepted)
             departure.findings = await self._rehearsals.checked(machine, request, offer, accepted.facts)
             entry = await self._ledger.step(migration, Step.ACCEPTED)
             async with self._shipping.shipment(machine, entry, accepted, peer, link, request.goal, report) as shipment:
