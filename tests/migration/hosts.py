@@ -174,6 +174,7 @@ async def hosts(count: int = 2, settings: Mapping[str, object] | None = None) ->
     async with AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qh-", ignore_cleanup_errors=True)))
         joined = stack.enter_context(network(count))
+        joined.belongs(directory)
         onlooker = stack.enter_context(onlooking())
         authority = Pki(directory / "authority")
         authority.init("testers")
@@ -183,6 +184,7 @@ async def hosts(count: int = 2, settings: Mapping[str, object] | None = None) ->
             hosted(authority, directory / name, name, station.address)
             own = {"pki_dir": str(directory / name), **_network_settings(station, joined), **(settings or {})}
             daemon = await stack.enter_async_context(restartable(CACHE, own, prefix=f"qh{station.number}-", within=station.within))
+            joined.belongs(daemon.directory)
             made.append(Host(name, station, daemon, directory / name))
         shared = directory / "shared"
         shared.mkdir()

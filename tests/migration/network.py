@@ -18,6 +18,8 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from tests.migration.guardian import Guardian, guarding
+
 #: `ip` and `tc` need milliseconds; on a host short of processors more.
 TOOL_LIMIT_S: Final = 60.0
 #: Nobody's network (RFC 5737).
@@ -79,12 +81,15 @@ class Network:
     def __init__(self, prefix: str, count: int) -> None:
         self.stations = tuple(Station(name=f"{prefix}h{number}", number=number) for number in range(count))
         self._switch = f"{prefix}sw"
+        self._guardian: Guardian | None = None
 
     @contextmanager
     def laid(self) -> Iterator[None]:
         """The namespaces and the cables, for as long as the block lasts."""
         with ExitStack() as stack:
+            self._guardian = guardian = stack.enter_context(guarding())
             for name in (self._switch, *(station.name for station in self.stations)):
+                guardian.network(name)
                 _run("ip", "netns", "add", name)
                 stack.callback(_forgiving, "ip", "netns", "del", name)
                 _inside(name, "ip", "link", "set", "lo", "up")
@@ -93,6 +98,11 @@ class Network:
             for station in self.stations:
                 self._plug(station)
             yield
+
+    def belongs(self, directory: Path) -> None:
+        """A directory goes when the network does, even where whoever made it was killed."""
+        if self._guardian is not None:
+            self._guardian.files(directory)
 
     def cut(self, *stations: Station) -> None:
         """Nothing goes in or out of these any more (all, where none is named), and no side is told: their links stay up."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.migration.network import Network, Station
 
 #: Answers every datagram with the same bytes.
@@ -86,3 +89,36 @@ def test_a_line_is_deaf_in_one_direction(laid: Network, echo: subprocess.Popen[s
     assert echo.stdout.readline() == "heard\n"
     laid.heal()
     assert ask(here, there, ANSWER_S) == "answered"
+
+
+#: Makes a network with a directory and a process in it, and ends without leaving the block.
+ABANDONED = """
+import subprocess, sys, tempfile, pathlib
+from tests.migration.network import network
+with network() as made:
+    directory = pathlib.Path(tempfile.mkdtemp(prefix="qh-"))
+    made.belongs(directory)
+    process = subprocess.Popen([*made.stations[0].within, "sleep", "1000"], start_new_session=True, stdout=subprocess.DEVNULL)
+    print(made.stations[0].name, directory, process.pid, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_nothing_is_left_of_a_network_whose_test_was_killed(laid: Network) -> None:
+    with subprocess.Popen([sys.executable, "-c", ABANDONED], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as test:
+        assert test.stdout is not None
+        name, directory, pid = test.stdout.readline().split()
+        assert Path("/run/netns", name).exists()
+        test.kill()
+    deadline = time.monotonic() + ANSWER_S
+    while Path("/run/netns", name).exists() or Path(directory).exists() or _runs(pid):
+        assert time.monotonic() < deadline, f"{name}, {directory} or {pid} is left"
+        time.sleep(0.05)
+
+
+def _runs(pid: str) -> bool:
+    """Whether there is such a process; one that nobody has reaped yet does not run."""
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
