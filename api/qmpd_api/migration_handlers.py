@@ -45,12 +45,12 @@ async def offer(call: Call[Offer, Query]) -> Acceptance:
     return await call.service.migration.offer(call.caller, call.body)
 
 
-async def try_out(call: Call[Offer, Query]) -> DestinationFacts:
+async def tried(call: Call[Offer, Query]) -> DestinationFacts:
     """Whether a peer's machine could be here."""
     return await call.service.migration.tried(call.caller, call.body)
 
 
-async def carry(call: Call[bytes, Query]) -> Landed:
+async def carried(call: Call[bytes, Query]) -> Landed:
     """Bytes of a peer that measures the way."""
     return call.service.migration.carried(call.caller, call.body)
 

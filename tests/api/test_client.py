@@ -23,6 +23,7 @@ from qmpd.views import (
 )
 from qmpd_api.client import Client
 from qmpd_api.connection import DaemonSilent, DaemonUnavailable, Wire, error_of
+from qmpd_api.dialling import PeerClient
 from qmpd_api.endpoint import default_socket
 from qmpd_api.routes import ROUTES
 from tests.api.standin import Asked, StandIn, listening, machine, machines, stopped
@@ -49,7 +50,7 @@ async def client(path: Path, daemon: StandIn) -> AsyncIterator[Client]:
 
 
 def test_every_route_has_a_method() -> None:
-    assert {route.name for route in ROUTES} <= set(dir(Client))
+    assert {route.name for route in ROUTES} <= set(dir(PeerClient))
 
 
 @pytest.mark.parametrize("wire", ["msgpack", "json"])

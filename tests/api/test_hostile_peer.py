@@ -162,7 +162,7 @@ async def test_nobody_but_the_peer_gets_through_a_peers_door(door: Door, attacke
     place = await asyncio.to_thread(attacker, door)
     context, before = await asyncio.to_thread(door.context, place), await door.belongings()
     for route in PEER_ROUTES:
-        answer = await door.said(http(route.method, route.path.format(name=SECRET, id=SECRET)), context)
+        answer = await door.said(http(route.method, route.path.format(name=SECRET, id=SECRET, item="vars")), context)
         assert not answer or answer.split()[1] in {b"401", b"403"}, answer
         assert SECRET.encode() not in answer
     assert await door.belongings() == before
@@ -174,7 +174,7 @@ async def test_a_peer_gets_through_no_other_door(door: Door) -> None:
     for route in ROUTES:
         if route.right in {"peer", "known", "join"}:
             continue
-        answer = await door.said(http(route.method, route.path.format(name=SECRET, id=SECRET)), context)
+        answer = await door.said(http(route.method, route.path.format(name=SECRET, id=SECRET, item="vars")), context)
         assert answer.split()[1] == b"403", (route.path, answer)
         assert SECRET.encode() not in answer
         assert await door.belongings() == before
