@@ -43,12 +43,16 @@ class _Target(Answer, frozen=True, kw_only=True):
     arch: str
 
 
-class _Memory(Answer, frozen=True, kw_only=True):
+class Memory(Answer, frozen=True, kw_only=True):
+    """How much there is, in bytes (`query-memory-size-summary`)."""
+
     base_memory: int
     plugged_memory: int = 0
 
 
-class _Cpu(Answer, frozen=True, kw_only=True):
+class Cpu(Answer, frozen=True, kw_only=True):
+    """One of `query-cpus-fast`."""
+
     qom_path: str
 
 
@@ -77,8 +81,8 @@ async def asked(monitor: Monitor) -> Findings:
         QemuSilent: it does not answer.
         QemuRefused: it does not know a question that every QEMU since 6.0 knows.
     """
-    memory = await ask(monitor, "query-memory-size-summary", _Memory)
-    cpus = await ask(monitor, "query-cpus-fast", tuple[_Cpu, ...])
+    memory = await ask(monitor, "query-memory-size-summary", Memory)
+    cpus = await ask(monitor, "query-cpus-fast", tuple[Cpu, ...])
     types = await ask(monitor, "query-machines", tuple[_Type, ...])
     machine = await text_property(monitor, "/machine", "type") or ""
     boot = {name: await text_property(monitor, "/machine", name) for name in BOOT}

@@ -60,8 +60,8 @@ class DiskChoice(Request, frozen=True, kw_only=True):
 class MigrateRequest(Request, frozen=True, kw_only=True):
     """Move a machine to the daemon `peer`. `storage` is for the disks that `disks` does not name: `auto` finds out which are shared.
     `channels`: connections for memory (multifd), 0 for QEMU's single one. `tunnel` sends everything through the API's port, for where
-    no other is open. `copy_as`: the machine stays here as it is, and the peer gets another one of that name with its state. `accept`: codes
-    of findings that shall not prevent it, where QEMU or the guest is the judge (the documentation lists them)."""
+    no other is open. `accept`: codes of findings that shall not prevent it, where QEMU or the guest is the judge (the documentation
+    lists them)."""
 
     peer: Text
     dry_run: bool = False
@@ -70,7 +70,6 @@ class MigrateRequest(Request, frozen=True, kw_only=True):
     disks: Annotated[tuple[DiskChoice, ...], Meta(max_length=MAX_DISKS)] = ()
     channels: Annotated[int, Meta(ge=0, le=64)] = 0
     tunnel: bool = False
-    copy_as: Name | None = None
     accept: Annotated[tuple[Word, ...], Meta(max_length=16)] = ()
 
 

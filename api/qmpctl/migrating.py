@@ -99,7 +99,6 @@ def _disk(text: str) -> dict[str, object]:
 @click.option("--copy-storage", is_flag=True, help="Copy the disks, whatever is at the destination.")
 @click.option("--shared-storage", is_flag=True, help="Both hosts see the disks at the same paths.")
 @click.option("--disk", "disks", multiple=True, metavar="N=HOW", help="One disk: 0=copy,path=/pool/x.qcow2,format=qcow2; may be repeated.")
-@click.option("--copy", "copy_as", metavar="NEWNAME", help="Leave it here, and have a copy of it there under another name.")
 @click.option("--accept", multiple=True, metavar="CODE", help="A finding that shall not prevent it; may be repeated.")
 @click.option("--detach", is_flag=True, help="Do not wait: print the job.")
 def migrate_command(name: str, detach: bool, **wishes: Any) -> int:
@@ -119,7 +118,6 @@ def migrate_command(name: str, detach: bool, **wishes: Any) -> int:
             "disks": [_disk(text) for text in wishes["disks"]],
             "channels": wishes["channels"],
             "tunnel": wishes["tunnel"],
-            "copy_as": wishes["copy_as"],
             "accept": wishes["accept"],
         },
         MigrateRequest,
@@ -166,7 +164,7 @@ def show_outcome(job: JobView, request: MigrateRequest, *, one_line: bool = Fals
         return Exit.OK if dry.possible else Exit.NO
     report = msgspec.convert(job.result, MigrationReport)
     _print(report, report_lines(report), one_line=one_line)
-    return Exit.OK if request.copy_as is not None or report.owner == "destination" else Exit.NO
+    return Exit.OK if report.owner == "destination" else Exit.NO
 
 
 def _print(document: object, lines: Iterator[str], *, one_line: bool) -> None:

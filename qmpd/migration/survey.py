@@ -16,7 +16,7 @@ import msgspec
 
 from qmpd.errors import QemuRefused
 from qmpd.findings import Answer
-from qmpd.inquiry import CONTAINERS, Asked, Child, ask, property_of, text_property
+from qmpd.inquiry import CONTAINERS, Asked, Child, Cpu, Memory, ask, property_of, text_property
 from qmpd.migration.likeness import CpuFacts, DeviceFacts, DriveFacts, PciFacts, QemuFacts, RamBlock, Trait
 
 T = TypeVar("T")
@@ -64,15 +64,6 @@ class _Kvm(Answer, frozen=True, kw_only=True):
 
 class _Status(Answer, frozen=True, kw_only=True):
     status: str = ""
-
-
-class _Memory(Answer, frozen=True, kw_only=True):
-    base_memory: int
-    plugged_memory: int = 0
-
-
-class _Cpu(Answer, frozen=True, kw_only=True):
-    qom_path: str
 
 
 class _Word(Answer, frozen=True, kw_only=True):
@@ -165,7 +156,7 @@ async def surveyed(qemu: Asked) -> QemuFacts:
         QemuSilent: it does not answer.
     """
     version = (await ask(qemu, "query-version", _Version)).qemu
-    memory = await ask(qemu, "query-memory-size-summary", _Memory)
+    memory = await ask(qemu, "query-memory-size-summary", Memory)
     dump = await _asked_if_known(qemu, "query-dump", _Status, _Status(status="none"))
     return QemuFacts(
         version=(version.major, version.minor, version.micro),
@@ -206,7 +197,7 @@ async def _ram_blocks(qemu: Asked) -> tuple[RamBlock, ...]:
 
 
 async def _cpu(qemu: Asked) -> CpuFacts | None:
-    cpus = await ask(qemu, "query-cpus-fast", tuple[_Cpu, ...])
+    cpus = await ask(qemu, "query-cpus-fast", tuple[Cpu, ...])
     if not cpus:
         return None
     path = cpus[0].qom_path

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from qmpd.access import Caller
-from qmpd.errors import CannotMove, NotFound, Problem, WrongState, invalid
+from qmpd.errors import NotFound, Problem, WrongState, invalid
 from qmpd.jobs import Jobs
 from qmpd.journal import Journal
 from qmpd.machine import Publish
@@ -113,8 +113,6 @@ class Migration:
         self._peering.peers.receiver(request.peer)
         machine.definition.check_owned()
         machine.require(MOVABLE, "migrate")
-        if request.copy_as is not None:
-            raise CannotMove("a copy of a machine cannot be made yet: leave out copy_as, or the machine itself would move")
         work = self._departures.rehearse if request.dry_run else self._departures.migrate
         kind = "migrate-dry-run" if request.dry_run else "migrate"
         return await self._jobs.begin_reporting(kind, name, lambda report: work(machine, request, report))

@@ -107,7 +107,7 @@ def test_the_options_are_the_request(daemon: StandIn) -> None:
     body = asked_for(
         daemon,
         *("--downtime", "1s", "--deadline", "1h30min", "--then", "postcopy", "--bandwidth", "1GiB", "--auto-converge", "off"),
-        *("--channels", "4", "--tunnel", "--copy-storage", "--copy", "lab2", "--accept", "known-trouble"),
+        *("--channels", "4", "--tunnel", "--copy-storage", "--accept", "known-trouble"),
         *("--disk", "1=shared", "--disk", "0=copy,path=/pool/x.qcow2,format=qcow2"),
     )
     assert body == {
@@ -121,7 +121,6 @@ def test_the_options_are_the_request(daemon: StandIn) -> None:
         ],
         "channels": 4,
         "tunnel": True,
-        "copy_as": "lab2",
         "accept": ["known-trouble"],
     }
 
@@ -150,7 +149,6 @@ def test_without_options_the_daemon_decides(daemon: StandIn) -> None:
         (["--disk", "0=copy,path"], "is not N=copy"),
         (["--disk", "0=copy,size=3"], "is not N=copy"),
         (["--disk", "0=move"], "how"),
-        (["--copy", "Not A Name"], "copy_as"),
     ],
 )
 def test_what_makes_no_sense_is_wrong_usage(daemon: StandIn, words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,11 +177,6 @@ def test_a_machine_that_did_not_arrive_says_where_it_is(
     moving(daemon, ended(msgspec.structs.replace(REPORT, **report)))
     assert run(["migrate", "lab", "hostb"]) == Exit.NO
     assert capsys.readouterr().out.splitlines()[0] == line
-
-
-def test_a_copy_leaves_the_machine_where_it_is(daemon: StandIn) -> None:
-    moving(daemon, ended(msgspec.structs.replace(REPORT, owner="source", owner_name="hosta")))
-    assert run(["migrate", "lab", "hostb", "--copy", "lab2"]) == Exit.OK
 
 
 def test_a_report_says_what_is_out_of_the_ordinary(daemon: StandIn, capsys: pytest.CaptureFixture[str]) -> None:

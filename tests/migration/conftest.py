@@ -15,7 +15,7 @@ from qmpd.pki.directory import AUTHORITY, REVOKED, Pki
 from tests.guests.build import Guest
 from tests.migration.disks import Writers
 from tests.migration.ends import Ends, ends_in
-from tests.migration.network import Network, NoNetworks, leftovers, network
+from tests.migration.network import Network, NoNetworks, leftovers, network, unavailable
 from tests.migration.onlooker import Onlooker, onlooking
 from tests.process.emulator import PATIENCE_S, emulators_in
 
@@ -76,7 +76,7 @@ def laid() -> Iterator[Network]:
         with network() as made:
             yield made
     except NoNetworks as reason:
-        pytest.skip(str(reason))
+        unavailable(reason)
     assert not leftovers()
 
 

@@ -9,7 +9,7 @@ from tests.guests.build import Guest
 from tests.machines import spec_of
 from tests.migration.crashes import PROMISED, Case, Point, said, suffered, survey
 from tests.migration.hosts import hosts
-from tests.migration.network import NoNetworks
+from tests.migration.network import NoNetworks, unavailable
 
 pytestmark = pytest.mark.qemu
 
@@ -40,7 +40,7 @@ async def test_a_machine_runs_once_whatever_dies(guests: dict[str, Guest], harm:
                 assert not verdict.broken, f"{verdict}\n{said(world, migrations.LOG_LINES)}"
                 assert verdict.reached
     except NoNetworks as reason:
-        pytest.skip(str(reason))
+        unavailable(reason)
 
 
 @pytest.mark.timeout(LIMIT_S)
@@ -50,7 +50,7 @@ async def test_the_points_of_a_migration_are_those_of_both_journals(guests: dict
             await world.start()
             points = await survey(world, spec_of(guests[GUEST], "survey"))
     except NoNetworks as reason:
-        pytest.skip(str(reason))
+        unavailable(reason)
     assert set(POINTS) <= set(points)
     for side in ("source", "destination"):
         assert any(point.side == side and point.failpoint == "migration-settled" for point in points)

@@ -24,7 +24,7 @@ from tests.api.lab import Daemon, port
 from tests.guests.build import Guest
 from tests.machines import copy_of, spec_of
 from tests.migration.hosts import hosts
-from tests.migration.network import NoNetworks
+from tests.migration.network import NoNetworks, unavailable
 from tests.migration.test_moves import HUNG_S, LOOK_S, counting, ended, known, moved, pair, printed
 from tests.migration.test_moving_disks import written
 from tests.newer_qemu import OTHER_QEMU
@@ -343,4 +343,4 @@ async def test_a_daemon_that_is_killed_in_a_trial_leaves_nothing_behind(guests: 
                 assert list(trials.glob("*")) == []
                 await client.kill("one")
     except NoNetworks as reason:
-        pytest.skip(str(reason))
+        unavailable(reason)

@@ -10,7 +10,7 @@ import pytest
 from tests.guests.build import Guest
 from tests.machines import spec_of
 from tests.migration.hosts import Hosts, hosts, stopped
-from tests.migration.network import NoNetworks, leftovers
+from tests.migration.network import NoNetworks, leftovers, unavailable
 from tests.migration.onlooker import Onlooker
 
 pytestmark = pytest.mark.qemu
@@ -25,7 +25,7 @@ async def two() -> AsyncIterator[Hosts]:
             await made.start()
             yield made
     except NoNetworks as reason:
-        pytest.skip(str(reason))
+        unavailable(reason)
     assert not leftovers()
     assert not [one for host in made.each for one in host.daemon.qemus()]
 

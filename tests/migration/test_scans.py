@@ -15,7 +15,7 @@ from tests.guests.build import Guest
 from tests.machines import spec_of
 from tests.migration.crashes import PRINTED, Sides, asked, ended
 from tests.migration.hosts import Hosts, hosts, stopped
-from tests.migration.network import NoNetworks
+from tests.migration.network import NoNetworks, unavailable
 from tests.migration.strangers import WORDS, breaks_off, impostors, says
 from tests.migration.traveller import Traveller
 
@@ -34,7 +34,7 @@ async def three() -> AsyncIterator[Hosts]:
             await made.start()
             yield made
     except NoNetworks as reason:
-        pytest.skip(str(reason))
+        unavailable(reason)
 
 
 @pytest.mark.timeout(LIMIT_S)

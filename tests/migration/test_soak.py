@@ -8,7 +8,7 @@ from scripts.lib import migrations
 from scripts.lib.migration_soak import BOARDS, measure
 from tests.conftest import ROOT
 from tests.guests.build import Guest
-from tests.migration.network import NoNetworks
+from tests.migration.network import NoNetworks, unavailable
 
 pytestmark = pytest.mark.qemu
 
@@ -24,7 +24,7 @@ async def test_nothing_is_lost_on_the_way_there_and_back(guests: dict[str, Guest
     try:
         figures = await measure(ROOT, rounds=FEW, boards=BOARDS[:2], linux=False)
     except NoNetworks as reason:
-        pytest.skip(str(reason))
+        unavailable(reason)
     assert figures.broken == ()
     assert figures.moves == FEW
     assert figures.printed > 0

@@ -13,7 +13,7 @@ from qmpd_api.client import Client
 from tests.guests.build import Guest
 from tests.machines import copy_of, spec_of
 from tests.migration.hosts import Hosts, hosts
-from tests.migration.network import NoNetworks
+from tests.migration.network import NoNetworks, unavailable
 
 pytestmark = pytest.mark.qemu
 
@@ -30,7 +30,7 @@ async def two() -> AsyncIterator[Hosts]:
             await made.start()
             yield made
     except NoNetworks as reason:
-        pytest.skip(str(reason))
+        unavailable(reason)
     assert not [one for host in made.each for one in host.daemon.qemus()]
 
 
