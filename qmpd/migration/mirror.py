@@ -4,8 +4,7 @@ A disk is copied by a job that stays behind the guest's writes, and is caught up
 twice before the guest hears of it (`write-blocking`), and so keep the guest from running ahead, but 7.2 and 10.0 corrupt their own
 memory when such a copy is given up or fails while a write is under way: a migration that fails would end the guest.
 
-What QEMU waits for when the other end stands still cannot be cancelled, only broken: the end of a copy that is of no use any more begins
-with `yank`.
+What QEMU waits for when the other end stands still cannot be cancelled, only broken, with `yank`.
 """
 
 from __future__ import annotations
@@ -166,7 +165,6 @@ async def drop_all(qemu: Qemu) -> None:
     Raises:
         MigrationFailed: a job did not end, even without its connection.
     """
-    await yank(qemu)
     with watching(qemu) as watch:
         try:
             async with asyncio.timeout(END_LIMIT_S):
@@ -197,10 +195,18 @@ async def _filters_gone(qemu: Qemu, watch: Watch) -> frozenset[str]:
 
 async def _end(qemu: Qemu, name: str, job: Job, watch: Watch) -> None:
     if job.status != "concluded":
-        with suppress(QemuRefused, QemuSilent):  # it may have failed meanwhile, now that its connection is broken
-            await qemu.execute("block-job-cancel", {"device": name, "force": True}, deadline_s=IMPATIENT_S)
+        with suppress(QemuRefused):  # it ended just now
+            try:
+                await execute_or_yank(qemu, "block-job-cancel", {"device": name, "force": True})
+            except QemuSilent:
+                _log.warning("the other end of a copy stands still", extra={"job": name})
+    try:
+        async with asyncio.timeout(IMPATIENT_S):
+            ended = await concluded(qemu, name, watch)
+    except TimeoutError:
         await yank(qemu)
-    if await concluded(qemu, name, watch) is not None:
+        ended = await concluded(qemu, name, watch)
+    if ended is not None:
         await qemu.execute("job-dismiss", {"id": name})
 
 
