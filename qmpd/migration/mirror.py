@@ -53,7 +53,11 @@ class DiskCopy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Mirrors:
-    """The disks of one guest, copied to one NBD server. Jobs and nodes have names that whoever tidies up finds."""
+    """The disks of one guest, copied to one NBD server. Jobs and nodes have names that whoever tidies up finds.
+
+    A server at a Unix socket must be one that its owner closes before `drop_all`: QEMU does not hear that its own end was shut down
+    (`yank`) while a full one does not take what it writes, and turns round and round in place of that. TCP has no such trouble.
+    """
 
     def __init__(self, qemu: Qemu, disks: Sequence[DiskCopy], at: Address | None, credentials: ClientTls | None) -> None:
         self._qemu = qemu

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Final, Literal
 
@@ -166,6 +166,7 @@ class _Way(msgspec.Struct, frozen=True, kw_only=True):
     disks_at: Address | None
     tls: ClientTls | None = None
     meter: Meter | None = None
+    entrances: dict[Channel, str] = {}
 
 
 class Shipping:
@@ -245,41 +246,40 @@ class Shipping:
         begun = opening(goal, abilities)
         copied = [disk for disk in accepted.disks if disk.how == "copy" and disk.export is not None]
         nodes = await nodes_in_use(machine.session)
-        async with self._way(machine, entry, accepted, peer, link) as way:
-            wanted = outgoing.Sending(
-                memory=way.memory,
-                disks_at=way.disks_at,
-                disks=tuple(
-                    DiskCopy(node=nodes.get(disk.index, node_of(disk.index)), export=disk.export)
-                    for disk in copied
-                    if disk.export is not None
-                ),
-                tls=way.tls,
-                agreed=Agreed(channels=accepted.channels, postcopy=accepted.postcopy, bitmaps=accepted.bitmaps),
-                helping=tuple(name for name in begun.capabilities if name != _POSTCOPY),
-                parameters=dict(begun.parameters),
-                bytes_per_s=None if goal.bandwidth_mib_s is None else goal.bandwidth_mib_s * MIB,
-            )
-            async with Outgoing(machine.session, wanted, entry.before) as out:
-                yield Shipment(machine, out, report, Tuner(goal, abilities), way.meter)
+        way = await self._way(machine, entry, accepted, peer)
+        wanted = outgoing.Sending(
+            memory=way.memory,
+            disks_at=way.disks_at,
+            disks=tuple(
+                DiskCopy(node=nodes.get(disk.index, node_of(disk.index)), export=disk.export) for disk in copied if disk.export is not None
+            ),
+            tls=way.tls,
+            agreed=Agreed(channels=accepted.channels, postcopy=accepted.postcopy, bitmaps=accepted.bitmaps),
+            helping=tuple(name for name in begun.capabilities if name != _POSTCOPY),
+            parameters=dict(begun.parameters),
+            bytes_per_s=None if goal.bandwidth_mib_s is None else goal.bandwidth_mib_s * MIB,
+        )
+        async with Outgoing(machine.session, wanted, entry.before) as out, AsyncExitStack() as tunnel:
+            # Inside: a QEMU is not called back while it still speaks into a tunnel that may be full (see `Mirrors`).
+            if way.meter is not None:
+                lead = partial(link.tunnel, entry.id)
+                await tunnel.enter_async_context(entrances(way.entrances, machine.session.process.identity.pid, lead, way.meter))
+            yield Shipment(machine, out, report, Tuner(goal, abilities), way.meter)
 
-    @asynccontextmanager
-    async def _way(self, machine: Machine, entry: Entry, accepted: Acceptance, peer: Peer, link: PeerDaemon) -> AsyncIterator[_Way]:
+    async def _way(self, machine: Machine, entry: Entry, accepted: Acceptance, peer: Peer) -> _Way:
         """How the data goes: over TLS of QEMU's own, or through the API."""
         endpoint = accepted.endpoint
         if not entry.offer.tunnel and endpoint is not None:
             host = peer.migration_address or peer.host
-            yield _Way(
+            return _Way(
                 memory=TcpAddress(host=host, port=endpoint.port),
                 disks_at=None if endpoint.nbd_port is None else TcpAddress(host=host, port=endpoint.nbd_port),
                 tls=ClientTls(directory=await asyncio.to_thread(directory, self._pki_dir), hostname=peer.owner),
             )
-        elif entry.offer.tunnel and endpoint is None:
-            meter, paths = Meter(), {channel: self._paths(machine.name).socket(name) for channel, name in _ENTRANCES.items()}
-            async with entrances(paths, machine.session.process.identity.pid, partial(link.tunnel, entry.id), meter):
-                yield _Way(memory=UnixAddress(path=paths["memory"]), disks_at=UnixAddress(path=paths["disks"]), meter=meter)
-        else:
-            raise CannotMove("the peer named no port to send to" if endpoint is None else "the peer does not take it through a tunnel")
+        if entry.offer.tunnel and endpoint is None:
+            paths = {channel: self._paths(machine.name).socket(name) for channel, name in _ENTRANCES.items()}
+            return _Way(memory=UnixAddress(path=paths["memory"]), disks_at=UnixAddress(path=paths["disks"]), meter=Meter(), entrances=paths)
+        raise CannotMove("the peer named no port to send to" if endpoint is None else "the peer does not take it through a tunnel")
 
     async def recall(self, machine: Machine, entry: Entry, *, lost: bool = False) -> None:
         """Puts a machine's QEMU back to what it was before its migration began, from wherever that got to, and its guest with it."""

@@ -60,7 +60,7 @@ async def listening(writers: Writers, source_disk: Path, name: str = "disks") ->
     """A destination with an empty disk that waits for everything."""
     destination = await writers.destination(writers.image(like=source_disk))
     directory = writers.ends.directory
-    wanted = Listen(memory=at(directory, f"{name}-memory"), disks_at=at(directory, name), disks=(NODE,))
+    wanted = Listen(memory=at(directory, f"{name}-memory"), disks_at=PORTS, disks=(NODE,))
     return destination, await listen(destination.monitor, wanted)
 
 
@@ -91,7 +91,7 @@ async def test_given_up_again_and_again_under_a_guest_that_always_writes(writers
         for number in range(15):
             destination, endpoint = await listening(writers, disk, f"disks{number}")
             with pytest.raises(GivenUpError):
-                await attempt(await outgoing_to(source, endpoint), giving_up_at("active"))
+                await attempt(await outgoing_to(source, endpoint, bytes_per_s=SPEEDS["active"]), giving_up_at("active"))
             destination.emulator.process.signal(signal.SIGKILL)
             await writers.written(source, 1)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -17,10 +18,11 @@ import pytest
 from qmpd.access import Caller
 from qmpd.errors import Busy, Invalid, MigrationFailed, NotFound, PeerRefused, PeerUnavailable, WrongState
 from qmpd.lifecycle import State
+from qmpd.migration import mirror
 from qmpd.migration.protocol import Channel
 from qmpd.migration.tunnel import CHUNK_BYTES, Meter, carry, entrances, explained, reached
-from qmpd.migrationviews import Goal, MigrateRequest
-from qmpd.spec import BlankDisk
+from qmpd.migrationviews import DiskChoice, Goal, MigrateRequest
+from qmpd.spec import BlankDisk, ImageDisk
 from qmpd.views import JobView
 from qmpd_api.dialling import dialled
 from tests.api.lab import Daemon
@@ -333,6 +335,48 @@ async def test_a_tunnel_that_breaks_leaves_the_machine_where_it_is(short_directo
         await printed(a, "counter", 100)
         await moved(a, "counter", "b", tunnel=True)
         await b.service.kill("counter")
+
+
+@pytest.mark.qemu
+async def test_a_tunnel_full_of_a_disk_that_nobody_takes_is_broken_and_the_machine_stays(
+    short_directory: Path, guests: dict[str, Guest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU does not let go of a copy whose Unix socket is full: the tunnel is closed before it is asked to."""
+    monkeypatch.setattr(mirror, "STALL_LIMIT_S", 3.0)
+    guest = copy_of(guests["x86_64-pc-blocks"], short_directory)
+    spec = spec_of(guest, "writer")
+    disk = short_directory / "full.raw"
+    disk.write_bytes(os.urandom(64 * MIB))
+    async with pair(short_directory) as (a, b):
+        await a.service.create(msgspec.structs.replace(spec, disks=(*spec.disks, ImageDisk(path=str(disk), format="raw"))), start=True)
+        before = await nodes(a, "writer")
+        targets = [{"disk": index, "how": "copy", "path": str(short_directory / f"there{index}.raw")} for index in range(2)]
+        request = MigrateRequest(
+            peer="b", tunnel=True, goal=Goal(bandwidth_mib_s=8), disks=msgspec.convert(targets, tuple[DiskChoice, ...])
+        )
+        job = await a.service.migration.migrate("writer", request)
+        await until(lambda: any(view.progress and view.progress.disk_total_bytes for view in a.service.migration.list().migrations))
+        frozen = b.service._registry.get("writer").session.process.identity.pid
+        os.kill(frozen, signal.SIGSTOP)
+        try:
+            view = await ended(a, job)
+            assert view.error is not None
+            assert view.error["code"] == "migration_failed"
+            assert await nodes(a, "writer") == before
+            assert await a.service._registry.get("writer").session.execute("query-jobs") == []
+            await written(a, "writer", 5)
+        finally:
+            with suppress(ProcessLookupError):  # its daemon has ended it
+                os.kill(frozen, signal.SIGCONT)
+        await until(lambda: known(b, "writer") is None)
+        await a.service.kill("writer")
+
+
+async def nodes(there: Daemon, name: str) -> list[str]:
+    """The block nodes of a machine."""
+    found = await there.service._registry.get(name).session.execute("query-named-block-nodes", {"flat": True})
+    assert isinstance(found, list)
+    return sorted(str(node["node-name"]) for node in found)
 
 
 @pytest.mark.qemu
