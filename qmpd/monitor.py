@@ -46,6 +46,8 @@ CLOSE_LIMIT_S: Final = 2.0
 #: QEMU closes its monitor and ends within milliseconds, usually. To take a connection down costs as much as that end, and somebody waits
 #: for the end: the connection is kept so long, unless it is let go before.
 FAREWELL_S: Final = 0.05
+#: Until a connection that is full is looked at again: nobody tells when there is room for a descriptor.
+_FULL_S: Final = 0.01
 CLOSED_BY_QEMU: Final = "QEMU closed the connection"
 #: Characters of an error's text that are repeated.
 _TEXT_LIMIT: Final = 256
@@ -82,6 +84,26 @@ class _Session(QMPClient):
     def _write(self, message: bytes) -> None:
         if self._writer is not None:
             self._writer.write(message)  # buffered without limit, but `Calls` limits number and size
+
+    async def pass_descriptor(self, descriptor: int) -> None:
+        """Sends a copy of a descriptor, with a blank that means nothing between two commands. The next `getfd` takes it.
+
+        Raises:
+            MonitorUnavailable: the connection is gone.
+            QemuSilent: QEMU reads nothing.
+        """
+        if self._writer is None:
+            raise MonitorUnavailable("the monitor is not connected")
+        transport = self._writer.transport
+        try:
+            with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as sock:
+                async with asyncio.timeout(QUERY_DEADLINE_S):
+                    while transport.get_write_buffer_size() or not _sent(sock, descriptor):  # noqa: ASYNC110  nobody tells
+                        await asyncio.sleep(_FULL_S)
+        except TimeoutError as error:
+            raise QemuSilent("QEMU reads nothing from its monitor") from error
+        except OSError as error:
+            raise shortage(error) or MonitorUnavailable(f"the connection broke: {_shorten(error)}") from error
 
     def _cb_inbound(self, msg: Message) -> Message:
         return msg  # the library formats every message for its debug log, even when that is off
@@ -223,6 +245,17 @@ class Monitor:
             raise MonitorUnavailable(f"the QEMU of {self.name} takes no out-of-band commands")
         return await self._calls.out_of_band(command, arguments, deadline_s)
 
+    async def hand(self, name: str, line: socket.socket) -> None:
+        """Gives QEMU a copy of a connection under a name (`getfd`), which is this monitor's: what uses it must go the same way.
+
+        It is in non-blocking mode afterwards, on both sides: QEMU makes what it receives block, and would wait with its main loop.
+
+        Raises what `execute` raises.
+        """
+        await self._session.pass_descriptor(line.fileno())
+        await self.execute("getfd", {"fdname": name})
+        line.setblocking(False)
+
     def events(self) -> AsyncIterator[QmpEvent | EventsLost]:
         """QEMU's events for one reader, merged and bounded as `qmpd.backlog` says; ends with the session, all read."""
         return self._session.backlog
@@ -305,6 +338,14 @@ async def _close(session: _Session, name: str) -> None:
     except (QMPError, EOFError, OSError):
         pass  # what ended the session, already told by `closed`
     _log.info("monitor closed", extra={"machine": name, "reason": session.calls.closed})
+
+
+def _sent(sock: socket.socket, descriptor: int) -> bool:
+    try:
+        socket.send_fds(sock, [b" "], [descriptor])
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _document(line: bytes) -> dict[str, object]:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractContextManager
@@ -118,6 +119,10 @@ class Session:
     ) -> object:
         """`Monitor.execute_oob` over the connection there is. Raises MonitorUnavailable while there is none."""
         return await self.monitor.execute_oob(command, arguments, deadline_s=deadline_s)
+
+    async def hand(self, name: str, line: socket.socket) -> None:
+        """`Monitor.hand` over the connection there is. Raises MonitorUnavailable while there is none."""
+        await self.monitor.hand(name, line)
 
     def hearing(self, take: Hearer) -> AbstractContextManager[None]:
         """`Monitor.hearing` over this and every further connection; each new one begins with `EventsLost`."""

@@ -21,7 +21,7 @@ from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.persistence import persist
 from qmpd.migration.phases import OWNED, UNOWNED, Phase, Step
 from qmpd.migration.protocol import Acceptance, Channel, ConsoleEnd, Handover, LogReceived, console_end
-from qmpd.migration.reception import Reception, remove_made
+from qmpd.migration.reception import Awaited, Reception, remove_made
 from qmpd.migration.tunnel import Meter
 from qmpd.record import mark_begun, write_record
 from qmpd.registry import Registry
@@ -49,6 +49,7 @@ class Arrival:
         self.peer = peer
         self.machine = machine
         self.acceptance: Acceptance | None = None
+        self.awaited: Awaited | None = None
         self.problem = ""
         #: The commit by which this host becomes the owner was begun: only its outcome says who owns the machine.
         self.owning = False
@@ -60,7 +61,9 @@ class Arrival:
         self._held.enter_context(machine.holding("migrate"))
 
     def release(self) -> None:
-        """Lets others at the machine."""
+        """Lets others at the machine, and awaits nobody for it any more."""
+        if self.awaited is not None:
+            self.awaited.close()
         self._held.close()
 
     @contextmanager

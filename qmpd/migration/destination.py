@@ -8,10 +8,9 @@ and does so by itself when the source keeps the machine, when its own QEMU ends,
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 import msgspec
@@ -41,7 +40,7 @@ from qmpd.registry import Registry
 from qmpd.settings import Peer
 from qmpd.spec import Limits
 from qmpd.storage import claim, clear_unfinished, make, make_place, replace
-from qmpd.tasks import Tasks, undivided
+from qmpd.tasks import Tasks, alongside, undivided
 
 #: After a restart of the daemon every QEMU that answers has been taken over by then.
 FOUND_S: Final = 60.0
@@ -117,7 +116,7 @@ class Arrivals:
         """How far it is, as soon as the whole state is here or the time is over."""
         entry = self._entry(peer, migration)
         arrival = self._arrivals.get(migration)
-        with contextlib.suppress(TimeoutError):
+        with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while arrival is not None and self._ledger.get(entry.id).phase is Phase.AWAITING:
                     await arrival.changed.wait()
@@ -312,7 +311,7 @@ class Arrivals:
             await arrival.machine.start(msgspec.structs.replace(launch, plan=launch.plan.awaiting(), paused=True, incoming=entry.id))
             await self._ledger.note(entry.id, before=await self._reception.look(arrival.machine))
             facts = msgspec.structs.replace(facts, qemu=await surveyed(arrival.machine.session))
-            acceptance = await self._reception.listen(arrival.machine, offer, arranged, launch, peer)
+            acceptance, arrival.awaited = await self._reception.listen(arrival.machine, offer, arranged, launch, peer)
             arrival.acceptance = msgspec.structs.replace(acceptance, facts=facts)
         except BaseException as error:
             await self._endings.discard(arrival, error.message if isinstance(error, QmpdError) else repr(error))
@@ -335,7 +334,7 @@ class Arrivals:
             await make(launch.plan.blank_images, launch.plan.copies)
         except BaseException as error:  # perhaps a full file system, which takes no notes either
             await asyncio.to_thread(remove_made, entry.made)
-            with contextlib.suppress(HostError):  # the next daemon removes what is marked
+            with suppress(HostError):  # the next daemon removes what is marked
                 await asyncio.to_thread(clear_unfinished, self._registry.paths(entry.machine).state)
             await self._ledger.step(entry.id, Step.DISCARD, reason=error.message if isinstance(error, QmpdError) else repr(error))
             await self._ledger.settle(entry.id)
@@ -353,7 +352,8 @@ class Arrivals:
         """Stays with it until the whole state is here, or it is discarded."""
         self._tasks.start(self._wondering.wonder(arrival), f"wonder:{arrival.machine.name}")
         try:
-            await self._received(arrival)
+            async with alongside(self._reception.admit(arrival.machine, arrival.awaited), f"admit:{arrival.machine.name}"):
+                await self._received(arrival)
             async with arrival.lock:
                 if self._ledger.get(arrival.migration).phase is not Phase.AWAITING:
                     return

@@ -6,6 +6,7 @@ away, so nothing here is undone. What is made in it is found by its name, so tha
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -16,7 +17,7 @@ from qmpd.migration import capabilities, tls
 from qmpd.migration.addresses import Address, Listening, TcpAddress, UnixAddress, candidates, legacy_address, uri
 from qmpd.migration.capabilities import Agreed
 from qmpd.migration.progress import Progress
-from qmpd.migration.qemu import PREFIX, SINCE_8_2, Qemu, ask_list, ask_map, has_command, run_state
+from qmpd.migration.qemu import HANDED, PREFIX, SINCE_8_2, Qemu, ask_list, ask_map, has_command, run_state
 from qmpd.migration.tls import ServerTls
 from qmpd.migration.watch import Watch, watching
 
@@ -73,10 +74,27 @@ async def receive_disks(qemu: Qemu, wanted: Listen) -> Address | None:
 
 async def receive_memory(qemu: Qemu, wanted: Listen) -> Address:
     """Has the destination listen for memory and devices. Raises as `listen`."""
-    further = {"exit-on-error": False} if wanted.stays else {}
     # QEMU looks for a free port itself: from 10.0 on, a destination that found one taken does not listen at another any more.
-    await qemu.execute("migrate-incoming", {"uri": uri(wanted.memory), **further})
+    await qemu.execute("migrate-incoming", {"uri": uri(wanted.memory), **_manners(wanted)})
     return await _found(qemu, wanted.memory)
+
+
+async def receive_from(qemu: Qemu, wanted: Listen, line: socket.socket) -> int:
+    """Has the destination take memory and devices from a connection. Where several were agreed, which cannot be handed to it, it listens
+    itself, at the port that is returned, in place of 0. `receive_disks` comes first. Raises as `listen`.
+    """
+    if wanted.agreed.channels:
+        found = await receive_memory(qemu, wanted)
+        if not isinstance(found, TcpAddress):
+            raise MigrationFailed("several connections that come over a network need a port to come to")
+        return found.port
+    await qemu.hand(PREFIX, line)
+    await qemu.execute("migrate-incoming", {"uri": HANDED, **_manners(wanted)})
+    return 0
+
+
+def _manners(wanted: Listen) -> dict[str, object]:
+    return {"exit-on-error": False} if wanted.stays else {}
 
 
 async def _found(qemu: Qemu, memory: Listening) -> Address:

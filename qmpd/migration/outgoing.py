@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
@@ -18,11 +19,12 @@ import msgspec
 
 from qmpd.errors import MigrationFailed, QemuError, QemuRefused, QemuSilent, WrongState
 from qmpd.migration import capabilities, tls
-from qmpd.migration.addresses import Address, uri
+from qmpd.migration.addresses import Address, TcpAddress, uri
 from qmpd.migration.capabilities import Agreed, Dials
+from qmpd.migration.door import knock
 from qmpd.migration.mirror import DiskCopy, Mirrors, drop_all
 from qmpd.migration.progress import FINAL, NONE, POSTCOPY, Progress
-from qmpd.migration.qemu import IMPATIENT_S, Qemu, run_state, yank
+from qmpd.migration.qemu import HANDED, IMPATIENT_S, PREFIX, Qemu, run_state, yank
 from qmpd.migration.tls import ClientTls
 from qmpd.migration.watch import Watch, watching
 
@@ -48,10 +50,12 @@ class Sending(msgspec.Struct, frozen=True, kw_only=True):
     """What is sent and where to. `parameters` are QEMU's migration parameters to begin with, `helping` capabilities of the source alone.
 
     A migration that moves no byte for `stall_limit_s` fails; a guest that was halted for `switchover_limit_s` without having arrived
-    goes on here. `bytes_per_s` limits memory and each disk; None does not limit.
+    goes on here. `bytes_per_s` limits memory and each disk; None does not limit. `secret` is what opens the door at `memory`
+    (`qmpd.migration.door`); without one QEMU connects itself.
     """
 
     memory: Address
+    secret: str | None = None
     disks_at: Address | None = None
     disks: tuple[DiskCopy, ...] = ()
     tls: ClientTls | None = None
@@ -85,6 +89,7 @@ class Outgoing:
         self._sending = sending
         self._before = before
         self._mirrors = Mirrors(qemu, sending.disks, sending.disks_at, sending.tls)
+        self._line: socket.socket | None = None
 
     async def __aenter__(self) -> Self:
         """Nothing yet: what is made is made by `prepare`."""
@@ -92,8 +97,12 @@ class Outgoing:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Puts everything back, unless the guest has arrived or is halfway."""
-        if not self.completed and not self.postcopy:
-            await recall(self._qemu, self._before)
+        try:
+            if not self.completed and not self.postcopy:
+                await recall(self._qemu, self._before, self._line)
+        finally:
+            if self._line is not None:
+                self._line.close()
 
     async def prepare(self) -> None:
         """Sets the source and begins to copy its disks.
@@ -128,8 +137,20 @@ class Outgoing:
         """
         await self.copy(report)
         with watching(self._qemu) as watch:
-            await self._qemu.execute("migrate", {"uri": uri(memory or self._sending.memory)})
+            await self._qemu.execute("migrate", {"uri": await self._way(memory or self._sending.memory)})
             await self._until(watch, frozenset({"pre-switchover"}), report)
+
+    async def _way(self, memory: Address) -> str:
+        """What QEMU is told to send to: the connection that was made for it, or an address."""
+        if self._sending.secret is None or not isinstance(memory, TcpAddress):
+            return uri(memory)
+        line, port = await knock(memory, self._sending.secret)
+        if port:
+            line.close()
+            return uri(msgspec.structs.replace(memory, port=port))
+        self._line = line
+        await self._qemu.hand(PREFIX, line)
+        return HANDED
 
     async def start_postcopy(self) -> None:
         """While memory is sent: the guest moves now, and what is left of its memory follows it. `switch_over` then ends with `postcopy`.
@@ -214,7 +235,7 @@ class Outgoing:
 
     async def cancel(self) -> None:
         """See `recall`."""
-        await recall(self._qemu, self._before)
+        await recall(self._qemu, self._before, self._line)
         self.completed = False
 
     async def _until(self, watch: Watch, wanted: frozenset[str], report: Report | None) -> str:
@@ -250,8 +271,10 @@ class _Stall:
             raise MigrationFailed(f"no byte was sent for {self._limit_s:g} s (QEMU's state: {progress.status})", status=progress.status)
 
 
-async def recall(qemu: Qemu, before: Before) -> None:
+async def recall(qemu: Qemu, before: Before, line: socket.socket | None = None) -> None:
     """Ends the migration of a source that still owns its guest, in whatever phase, and puts everything back. Idempotent.
+
+    `line` is the connection that was handed to QEMU, which is shut down if it keeps QEMU from ending.
 
     The guest runs again if it ran before. One that was not running before is `postmigrate` in QEMU's words when it was halted for the
     switch-over already (until QEMU 9.0 it does not know better); it can be set going all the same.
@@ -266,12 +289,14 @@ async def recall(qemu: Qemu, before: Before) -> None:
         if status in POSTCOPY:
             raise WrongState(f"a migration in state {status} cannot be undone", state=status, allowed=sorted(FINAL))
         if status not in FINAL:
-            await _cancel(qemu, watch)
+            await _cancel(qemu, watch, line)
         await _settled(qemu, watch)
     # Only now: QEMU 7.2 loses count of who uses a disk when the end of its copy falls into the halt of its guest, which flushes all disks.
     await drop_all(qemu)
     await capabilities.restore(qemu, before.dials)
     await tls.remove(qemu)
+    with suppress(QemuRefused):  # it was used, or there was none
+        await qemu.execute("closefd", {"fdname": PREFIX})
     # Halted to leave, or to be sent the rest: whoever holds the machine let nobody else halt it.
     if before.run_state == "running" and await run_state(qemu) in {GONE, "paused"}:
         await qemu.execute("cont")
@@ -297,7 +322,7 @@ async def _settled(qemu: Qemu, watch: Watch) -> None:
         await watch.wake()
 
 
-async def _cancel(qemu: Qemu, watch: Watch) -> None:
+async def _cancel(qemu: Qemu, watch: Watch, line: socket.socket | None) -> None:
     loop = asyncio.get_running_loop()
     began = loop.time()
     yanked = False
@@ -310,6 +335,9 @@ async def _cancel(qemu: Qemu, watch: Watch) -> None:
             with suppress(QemuSilent, QemuRefused):
                 await qemu.execute("migrate-continue", {"state": CANCELLING}, deadline_s=IMPATIENT_S)
         if not yanked and waited > CANCEL_PATIENCE_S:
+            if line is not None:  # QEMU knows a way to break it only once the handshake is over
+                with suppress(OSError):
+                    line.shutdown(socket.SHUT_RDWR)
             yanked = await yank(qemu, migration=True)
         if waited > CANCEL_LIMIT_S:
             raise MigrationFailed(f"QEMU did not let go of the migration within {CANCEL_LIMIT_S:g} s (state {status})")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Final, Protocol
@@ -14,6 +15,8 @@ from qmpd.errors import QemuDied, QemuSilent
 
 #: Everything that is made in a QEMU for a migration is called so, and what is called so may be removed by whoever tidies up.
 PREFIX: Final = "qmpd-migration"
+#: The connection that was handed to a QEMU under that name, as `migrate` and `migrate-incoming` take it.
+HANDED: Final = f"fd:{PREFIX}"
 #: A QEMU in trouble is given this long before it is asked past its main loop.
 IMPATIENT_S: Final = 3.0
 
@@ -34,6 +37,9 @@ class Qemu(Protocol):
 
     async def execute_oob(self, command: str, arguments: Mapping[str, object] | None = None, *, deadline_s: float = ...) -> object:
         """As `Monitor.execute_oob`."""
+
+    async def hand(self, name: str, line: socket.socket) -> None:
+        """As `Monitor.hand`."""
 
     def hearing(self, take: Hearer) -> AbstractContextManager[None]:
         """Calls `take` on the loop for each event as it arrives. `EventsLost` means: ask again."""

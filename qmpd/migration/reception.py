@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,7 @@ from qmpd.machine import Machine, Publish
 from qmpd.migration import capabilities, incoming
 from qmpd.migration.addresses import Listening, TcpAddress, TcpRange, UnixAddress
 from qmpd.migration.capabilities import Agreed, Dials
+from qmpd.migration.door import Door, opened
 from qmpd.migration.incoming import STAYS, Listen
 from qmpd.migration.itemdesk import Delivery, ItemDesk
 from qmpd.migration.items import targets
@@ -66,6 +68,19 @@ class Arranged(msgspec.Struct, frozen=True, kw_only=True):
     spec: MachineSpec
     disks: tuple[DiskAccepted, ...] = ()
     made: tuple[BlankImage, ...] = ()
+
+
+class Awaited:
+    """What QEMU is to take in, and the door at which the peer comes, or None where it comes through a tunnel."""
+
+    def __init__(self, door: Door | None, wanted: Listen) -> None:
+        self.door = door
+        self.wanted = wanted
+
+    def close(self) -> None:
+        """The peer is not awaited any more."""
+        if self.door is not None:
+            self.door.close()
 
 
 class Reception:
@@ -129,8 +144,8 @@ class Reception:
         """How QEMU is before anything is changed in it."""
         return Before(dials=await capabilities.read(machine.session), run_state=await run_state(machine.session))
 
-    async def listen(self, machine: Machine, offer: Offer, arranged: Arranged, launch: Launch, peer: Peer) -> Acceptance:
-        """Has QEMU listen for the peer, and for nobody else.
+    async def listen(self, machine: Machine, offer: Offer, arranged: Arranged, launch: Launch, peer: Peer) -> tuple[Acceptance, Awaited]:
+        """Has QEMU, or the daemon for it, wait for the peer, and for nobody else.
 
         Raises:
             MigrationFailed: no port is free, or this QEMU lacks something.
@@ -146,12 +161,15 @@ class Reception:
             agreed=Agreed(channels=offer.channels, postcopy=offer.postcopy, bitmaps=offer.bitmaps),
             stays=STAYS in launch.features,
         )
-        found = await incoming.listen(machine.session, wanted)
-        nbd = found.disks_at.port if isinstance(found.disks_at, TcpAddress) else None
-        endpoint = None  # what comes through the tunnel is led on to QEMU here
-        if isinstance(found.memory, TcpAddress):
-            endpoint = Endpoint(host=found.memory.host, port=found.memory.port, tls_name=peer.owner, nbd_port=nbd)
-        return Acceptance(
+        door = endpoint = None
+        disks_at = await incoming.receive_disks(machine.session, wanted)
+        if isinstance(wanted.memory, TcpRange):
+            door = await opened(wanted.memory)
+            nbd = disks_at.port if isinstance(disks_at, TcpAddress) else None
+            endpoint = Endpoint(host=wanted.memory.host, port=door.port, tls_name=peer.owner, secret=door.secret, nbd_port=nbd)
+        else:  # what comes through the tunnel is led on to QEMU here
+            await incoming.receive_memory(machine.session, wanted)
+        acceptance = Acceptance(
             id=offer.id,
             endpoint=endpoint,
             disks=arranged.disks,
@@ -160,6 +178,7 @@ class Reception:
             bitmaps=offer.bitmaps,
             emulator_version=launch.emulator_version,
         )
+        return acceptance, Awaited(door, wanted)
 
     def _where(self, machine: Machine, offer: Offer) -> dict[Channel, Listening]:
         if offer.tunnel:
@@ -174,6 +193,15 @@ class Reception:
     def place(self, machine: Machine, channel: Channel) -> str:
         """The Unix socket at which QEMU waits for what comes through a tunnel: in a directory that is this user's alone."""
         return self._paths(machine.name).socket(_PLACES[channel])
+
+    async def admit(self, machine: Machine, awaited: Awaited | None) -> None:
+        """Leads the peer to QEMU when it comes to the door, if there is one."""
+        if awaited is None or awaited.door is None:
+            return
+        try:
+            await awaited.door.attend(partial(incoming.receive_from, machine.session, awaited.wanted))
+        except (QmpdError, OSError) as error:  # the source notices, and gives up
+            _log.warning("the peer was not led to QEMU", extra={"machine": machine.name, "error": str(error)})
 
     async def received(self, machine: Machine, *, postcopy: bool) -> None:
         """Returns when the whole state is in, or with `postcopy` all that the guest needs to run while the rest of its memory follows.

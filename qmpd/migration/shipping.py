@@ -164,6 +164,7 @@ class _Way(msgspec.Struct, frozen=True, kw_only=True):
 
     memory: Address
     disks_at: Address | None
+    secret: str | None = None
     tls: ClientTls | None = None
     meter: Meter | None = None
     entrances: dict[Channel, str] = {}
@@ -249,6 +250,7 @@ class Shipping:
         way = await self._way(machine, entry, accepted, peer)
         wanted = outgoing.Sending(
             memory=way.memory,
+            secret=way.secret,
             disks_at=way.disks_at,
             disks=tuple(
                 DiskCopy(node=nodes.get(disk.index, node_of(disk.index)), export=disk.export) for disk in copied if disk.export is not None
@@ -273,6 +275,7 @@ class Shipping:
             host = peer.migration_address or peer.host
             return _Way(
                 memory=TcpAddress(host=host, port=endpoint.port),
+                secret=endpoint.secret,
                 disks_at=None if endpoint.nbd_port is None else TcpAddress(host=host, port=endpoint.nbd_port),
                 tls=ClientTls(directory=await asyncio.to_thread(directory, self._pki_dir), hostname=peer.owner),
             )

@@ -38,7 +38,7 @@ async def test_a_machine_runs_once_whatever_dies(guests: dict[str, Guest], harm:
             for number, point in enumerate(POINTS[1:4:2] if harm == "link-cut" else POINTS):
                 verdict = await suffered(world, spec_of(guests[GUEST], f"m{number}"), Case(point=point, harm=harm))
                 assert not verdict.broken, f"{verdict}\n{said(world, migrations.LOG_LINES)}"
-                assert verdict.reached
+                assert verdict.reached, said(world, migrations.LOG_LINES)
     except NoNetworks as reason:
         unavailable(reason)
 
