@@ -18,7 +18,7 @@ import msgspec
 
 from qmpd.errors import QmpdError
 from qmpd.failpoint import CATALOGUE
-from qmpd.lifecycle import AT_REST
+from qmpd.lifecycle import AT_REST, State
 from qmpd.migrationviews import MigrateRequest
 from qmpd.spec import MachineSpec
 from qmpd.views import JobView
@@ -182,6 +182,8 @@ async def _struck(sides: Sides, case: Case, storage: Storage) -> bool:
     host = sides.of(case.point.side)
     await sides.machine.world.other(host).armed("")
     await host.armed(f"{case.point.failpoint}:stop@{case.point.number}")
+    async with sides.source.client() as client:  # a daemon answers before it has taken its machines over
+        await client.wait(sides.machine.name, [State.RUNNING], PATIENCE_S)
     asking = asyncio.create_task(_tried(sides, storage), name="asking")
     try:
         if not await _stopped(host, asking, sides):
