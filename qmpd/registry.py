@@ -93,7 +93,7 @@ class Registry:
                 self._damaged.add(key.removeprefix(PREFIX))
                 continue
             self._add(definition, record.revision)
-        await self._look_back(list(self._machines.values()))
+        await self.look_back(list(self._machines.values()))
         for own in await asyncio.to_thread(unfinished, f"{self._settings.state_dir}/machines"):
             try:
                 await asyncio.to_thread(self._tidy, Path(own).name)
@@ -123,7 +123,7 @@ class Registry:
         """
         known = definition.spec.name in self._damaged
         revision = 0 if known else await self._commit(PREFIX + definition.spec.name, 0, msgspec.msgpack.encode(definition))
-        await self._look_back([machine := self._add(definition, revision)])
+        await self.look_back([machine := self._add(definition, revision)])
         return machine
 
     async def give_up(self, machine: Machine) -> None:
@@ -215,14 +215,14 @@ class Registry:
 
     async def replace(self, machine: Machine, spec: MachineSpec, revision: int) -> None:
         """Stores a completed definition in place of revision `revision`. Raises StaleRevision."""
-        await self._check_free(machine)
+        await self.check_free(machine)
         self.check_revision(machine, revision)
         await undivided(self._replace(machine, spec, revision), f"replace:{machine.name}")
 
     async def _replace(self, machine: Machine, spec: MachineSpec, revision: int) -> None:
         await self._change(machine, spec, revision)
         self._equip(machine)
-        await self._look_back([machine])
+        await self.look_back([machine])
         self._publish("machine.replaced", machine.name, {"revision": machine.revision})
 
     async def update(self, machine: Machine, spec: MachineSpec, revision: int) -> None:
@@ -267,7 +267,7 @@ class Registry:
 
     async def depart(self, machine: Machine) -> None:
         """Removes a machine at rest that another host owns now: its record first, then its files here. Raises as `delete` does."""
-        await self._check_free(machine)
+        await self.check_free(machine)
         await undivided(self._delete(machine, machine.revision, "machine.departed"), f"depart:{machine.name}")
 
     def check_revision(self, machine: Machine, revision: int) -> None:
@@ -284,12 +284,13 @@ class Registry:
             StaleRevision: somebody changed it.
             HostError: it is deleted, but not all its files could be removed.
         """
-        await self._check_free(machine)
+        await self.check_free(machine)
         if machine.definition.spec.protected:
             raise Protected(f"machine {machine.name!r} is protected and cannot be deleted", field="protected")
         await undivided(self._delete(machine, machine.revision), f"delete:{machine.name}")
 
-    async def _check_free(self, machine: Machine) -> None:
+    async def check_free(self, machine: Machine) -> None:
+        """Raises Held where a QEMU of the machine is alive, whatever else is known of it."""
         if await asyncio.to_thread(is_taken, self.paths(machine.name).state):
             raise Held(f"a QEMU of machine {machine.name!r} is alive", holder="a running QEMU", state=str(machine.state))
 
@@ -355,7 +356,7 @@ class Registry:
         self._equip(machine)
         return machine
 
-    async def _look_back(self, machines: Sequence[Machine]) -> None:
+    async def look_back(self, machines: Sequence[Machine]) -> None:
         """What earlier daemons left of these machines: how they ended, and how long their console logs are. One step for all of them."""
         states = {machine: self.paths(machine.name).state for machine in machines}
         consoles = [console for machine in machines for console in machine.consoles.values()]
@@ -390,8 +391,7 @@ class Registry:
         """The logs of the machines that have a process, and how many bytes of each are kept."""
         files: dict[str, int] = {}
         for machine in self.running():
-            paths = self.paths(machine.name)
-            files[paths.log("stderr")] = STDERR_CAP
+            files[self.stderr_path(machine.name)] = STDERR_CAP
             files |= {console.piece: self.log_cap_bytes for console in machine.consoles.values() if console.piece is not None}
         return files
 

@@ -14,7 +14,7 @@ from qmpctl.invocation import Verb, perform
 from qmpctl.machines import LabelType
 from qmpctl.migrating import converted, goal_of, goal_options, show_outcome
 from qmpd.errors import QmpdError
-from qmpd.lifecycle import ANSWERING
+from qmpd.lifecycle import ANSWERING, AT_REST, State
 
 if TYPE_CHECKING:
     from qmpd.migrationviews import MigrateRequest
@@ -34,19 +34,27 @@ _ELSEWHERE: Final = frozenset({"cannot_move", "peer_unavailable", "peer_refused"
 @click.argument("peers", metavar="PEER...", nargs=-1, required=True)
 @click.option("--parallel", type=click.IntRange(1, 64), default=PARALLEL, show_default=True, metavar="N", help="So many at a time.")
 @click.option("--label", "labels", type=LabelType(), multiple=True, help="Only machines with this label; may be repeated.")
+@click.option("--all", "everything", is_flag=True, help="Also machines that do not run.")
 @click.option("--dry-run", is_flag=True, help="Only find out which could move where.")
 @goal_options()
-def drain_command(peers: Sequence[str], parallel: int, labels: Sequence[tuple[str, str]], dry_run: bool, **wishes: Any) -> int:
+def drain_command(
+    peers: Sequence[str], parallel: int, labels: Sequence[tuple[str, str]], everything: bool, dry_run: bool, **wishes: Any
+) -> int:
     """Move every machine that runs or is paused to the peers, in turn; to another one of them if the first does not take it."""
+    if everything and dry_run:
+        raise click.UsageError("only what runs can be tried: leave --all or --dry-run out")
     if wishes["then"] is not None and wishes["deadline"] is None:
         raise click.UsageError("--then says what happens at the deadline: give a --deadline")
     from qmpd.migrationviews import MigrateRequest
 
     requests = [converted({"peer": peer, "dry_run": dry_run, "goal": goal_of(wishes)}, MigrateRequest) for peer in dict.fromkeys(peers)]
-    return perform(lambda client: _drain(client, requests, parallel, dict(labels)))
+    states = ANSWERING | AT_REST if everything else ANSWERING
+    return perform(lambda client: _drain(client, requests, parallel, dict(labels), states))
 
 
-async def _drain(client: Client, requests: Sequence[MigrateRequest], parallel: int, labels: Mapping[str, str]) -> int:
+async def _drain(
+    client: Client, requests: Sequence[MigrateRequest], parallel: int, labels: Mapping[str, str], states: frozenset[State]
+) -> int:
     listing = await client.machines(labels)
     turns = asyncio.Semaphore(parallel)
     exits: list[int] = []
@@ -61,7 +69,7 @@ async def _drain(client: Client, requests: Sequence[MigrateRequest], parallel: i
             else:
                 exits.append(show_outcome(job, request, one_line=True))
 
-    movable = [machine for machine in listing.machines if machine.state in ANSWERING]
+    movable = [machine for machine in listing.machines if machine.state in states]
     with meters() as begin:
         async with asyncio.TaskGroup() as group:
             for place, machine in enumerate(movable):

@@ -53,7 +53,7 @@ class Admissions:
             parcels=entry.offer.parcels,
             log_cap_bytes=self._registry.log_cap_bytes,
             serial_ports=serial_ports,
-            live=True,
+            live=not entry.at_rest,
             log_ends=self._log_ends.get(entry.id, entry.log_ends),
             arrived=entry.phase in OWNED,
         )

@@ -25,7 +25,7 @@ from qmpd.migration.reception import Awaited, Reception, remove_made
 from qmpd.migration.tunnel import Meter
 from qmpd.record import mark_begun, write_record
 from qmpd.registry import Registry
-from qmpd.storage import mark_finished
+from qmpd.storage import mark_finished, mark_unfinished
 from qmpd.tasks import Tasks
 
 #: A QEMU that has the whole state and does not answer may be busy for a moment; after this the source is told to ask again.
@@ -125,7 +125,7 @@ class Endings:
             if entry.phase is Phase.LOADED:
                 if handover.epoch != entry.epoch:
                     raise Forbidden(f"the machine was offered under epoch {entry.epoch}, not {handover.epoch}")
-                if not await self._ready_to_run(arrival):
+                if not entry.at_rest and not await self._ready_to_run(arrival):
                     return
                 ends = await self._unpack(arrival, handover)
                 await self._own(arrival, went=handover.run, log_ends={end.port: end.end for end in ends})
@@ -153,8 +153,29 @@ class Endings:
         missing = [console_end(log.port, log.received, log.received) for log in came if log.port not in said]
         ends = (*handover.consoles, *missing)
         self._admissions.logs_end(entry.id, {end.port: end.end for end in ends})
-        await self._reception.unpack(machine, self._admissions.delivery(entry, tuple(machine.consoles)), ends)
+        delivery = self._admissions.delivery(entry, tuple(machine.consoles))
+        if entry.at_rest:
+            named = await self._reception.name_files(delivery)
+            await self._ledger.note(entry.id, made=named)  # if it is discarded all the same, they go as well
+        else:
+            await self._reception.unpack(machine, delivery, ends)
         return ends
+
+    async def note_whole(self, arrival: Arrival) -> None:
+        """Notes that all of a machine at rest is here, if it is. From then on a daemon that is started must not take its files for rubbish.
+
+        Raises:
+            HostError, NoSpace: it cannot be noted.
+        """
+        machine = arrival.machine
+        async with arrival.lock:
+            entry = self._ledger.get(arrival.migration)
+            if entry.phase is not Phase.AWAITING:
+                return
+            if await self._reception.is_whole(self._admissions.delivery(entry, tuple(machine.consoles))):
+                await asyncio.to_thread(mark_finished, self._registry.paths(machine.name).state)
+                await self._ledger.step(entry.id, Step.LOAD)
+                arrival.tell()
 
     async def logs(self, entry: Entry) -> tuple[LogReceived, ...]:
         """How much is here of the logs of a machine that this host has taken, as long as it is here."""
@@ -212,6 +233,8 @@ class Endings:
                 arrival.problem = ""
                 break
         await self._reception.secure(self._admissions.delivery(entry, tuple(machine.consoles)))
+        if entry.at_rest:
+            await self._registry.look_back([machine])
         await asyncio.to_thread(self._note_owned, machine)
         problem = arrival.problem
         await self._persist(arrival, lambda: self._ledger.step(entry.id, Step.RUN, reason=problem), "to note that it is here")
@@ -269,9 +292,14 @@ class Endings:
             except QmpdError as error:
                 _log.error("what came of a migration cannot be ended yet", extra={"machine": machine.name, "error": error.message})
                 await machine.until(AT_REST, AGAIN_S)
-        await asyncio.to_thread(remove_made, self._ledger.get(arrival.migration).made)
+        entry = self._ledger.get(arrival.migration)
+        await self._reception.discard(self._admissions.delivery(entry, tuple(machine.consoles)))
+        await asyncio.to_thread(remove_made, entry.made)
         await self._persist(arrival, lambda: self._ledger.note(arrival.migration, made=()), "to note what was removed")
         if self._registry.known(machine.name) is machine:
+            if entry.at_rest:  # its directory has lost the mark when all was there, and without it is nobody's to remove
+                place = self._registry.paths(machine.name).state
+                await self._persist(arrival, lambda: asyncio.to_thread(mark_unfinished, place), "to mark what is to be removed")
             try:
                 await self._registry.dismiss(machine)
             except (QmpdError, OSError) as error:  # only files are left, which the next daemon clears up

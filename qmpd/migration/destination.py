@@ -16,30 +16,24 @@ from typing import Final
 import msgspec
 
 from qmpd.errors import Busy, CannotMove, Held, HostError, MigrationFailed, MonitorUnavailable, NotFound, PeerError, QmpdError, WrongState
-from qmpd.journal import timestamp, utc_now
-from qmpd.launching import Launch
 from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine, Publish
 from qmpd.migration.admission import Admissions
 from qmpd.migration.arrival import ANSWER_S, Arrival, Endings, last_words
 from qmpd.migration.ledger import Entry, Ledger
-from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.persistence import persist
-from qmpd.migration.phases import FIRST, UNOWNED, Phase, Step
+from qmpd.migration.phases import UNOWNED, Phase, Step
 from qmpd.migration.premises import Premises
+from qmpd.migration.preparation import Preparation, definition_of
 from qmpd.migration.protocol import VERSION, Acceptance, Channel, Endpoint, Handover, Offer, Standing
-from qmpd.migration.reception import Arranged, Reception, kept_ports, remove_made
+from qmpd.migration.reception import Reception
 from qmpd.migration.shipping import NO_POSTCOPY
-from qmpd.migration.survey import surveyed
 from qmpd.migration.tunnel import Meter, Near, reached
 from qmpd.migration.wondering import ASK_S, Wondering
 from qmpd.peering import Peering
 from qmpd.planning import Planning
-from qmpd.record import Definition
 from qmpd.registry import Registry
 from qmpd.settings import Peer
-from qmpd.spec import Limits
-from qmpd.storage import claim, clear_unfinished, make, make_place, replace
 from qmpd.tasks import Tasks, alongside, undivided
 
 #: After a restart of the daemon every QEMU that answers has been taken over by then.
@@ -67,8 +61,6 @@ class Arrivals:
     ) -> None:
         self._registry = registry
         self._ledger = ledger
-        self._planning = planning
-        self._premises = premises
         self._reception = reception
         self._admissions = admissions
         self._peering = peering
@@ -82,6 +74,16 @@ class Arrivals:
             admissions=admissions,
             tasks=tasks,
             publish=publish,
+            arrivals=self._arrivals,
+        )
+        self._preparation = Preparation(
+            registry=registry,
+            ledger=ledger,
+            planning=planning,
+            premises=premises,
+            reception=reception,
+            admissions=admissions,
+            endings=self._endings,
             arrivals=self._arrivals,
         )
         self._wondering = Wondering(ledger=ledger, endings=self._endings, reception=reception, peering=peering, publish=publish)
@@ -113,9 +115,11 @@ class Arrivals:
             self._preparing.discard(offer.id)
 
     async def loaded(self, peer: str, migration: str, timeout_s: float) -> Standing:
-        """How far it is, as soon as the whole state is here or the time is over."""
+        """How far it is, as soon as the whole state is here or the time is over. Raises HostError, NoSpace where it cannot be noted."""
         entry = self._entry(peer, migration)
         arrival = self._arrivals.get(migration)
+        if arrival is not None and entry.at_rest:  # the question says that all was sent
+            await undivided(self._endings.note_whole(arrival), f"whole:{entry.machine}")
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while arrival is not None and self._ledger.get(entry.id).phase is Phase.AWAITING:
@@ -235,7 +239,7 @@ class Arrivals:
                 _log.error("a migration is about another machine of this name and was left alone", extra={"migration": entry.id})
                 continue
             try:
-                self._arrivals[entry.id] = Arrival(entry.id, entry.peer, machine or self._registry.expect(_definition(entry)))
+                self._arrivals[entry.id] = Arrival(entry.id, entry.peer, machine or self._registry.expect(definition_of(entry)))
             except Held:
                 _log.error("a machine has more than one migration", extra={"machine": entry.machine, "migration": entry.id})
 
@@ -293,53 +297,11 @@ class Arrivals:
 
     async def _prepare(self, peer: Peer, offer: Offer) -> Acceptance:
         await self._supersede(peer.name, offer)
-        async with self._registry.reserved(offer.spec.name):
-            spec = self._registry.complete(msgspec.structs.replace(offer.spec, uuid=offer.uuid), offer.machine)
-            await asyncio.to_thread(self._registry.check_vacant, spec.name)
-            arranged = await self._reception.arranged(offer, spec)
-            facts = await self._premises.of(msgspec.structs.replace(offer, spec=spec))
-            place = self._registry.paths(spec.name).state
-            await asyncio.to_thread(make_place, place)
-            try:
-                entry = await self._ledger.begin(_first(peer.name, offer, arranged))
-            except BaseException:
-                await asyncio.to_thread(clear_unfinished, place)
-                raise
-            launch = await self._made_room(entry, arranged, facts)
-            arrival = self._arrivals[entry.id] = Arrival(entry.id, entry.peer, self._registry.expect(_definition(entry)))
-        try:
-            await arrival.machine.start(msgspec.structs.replace(launch, plan=launch.plan.awaiting(), paused=True, incoming=entry.id))
-            await self._ledger.note(entry.id, before=await self._reception.look(arrival.machine))
-            facts = msgspec.structs.replace(facts, qemu=await surveyed(arrival.machine.session))
-            acceptance, arrival.awaited = await self._reception.listen(arrival.machine, offer, arranged, launch, peer)
-            arrival.acceptance = msgspec.structs.replace(acceptance, facts=facts)
-        except BaseException as error:
-            await self._endings.discard(arrival, error.message if isinstance(error, QmpdError) else repr(error))
-            raise
-        self._publish("migration.awaited", entry.machine, {"migration": entry.id, "peer": peer.name})
-        self._tasks.start(self._attend(arrival), f"arrival:{entry.machine}")
-        return arrival.acceptance
-
-    async def _made_room(self, entry: Entry, arranged: Arranged, facts: DestinationFacts) -> Launch:
-        """Makes the images, and plans the launch; when that fails nothing is left."""
-        try:
-            for image in arranged.made:
-                await asyncio.to_thread(claim, image.path)
-                entry = await self._ledger.note(entry.id, made=(*entry.made, image.path))
-                await asyncio.to_thread(replace, image)
-            unlimited = entry.offer.unlimited and facts.limits_unkept  # where somebody took that upon himself
-            spec = msgspec.structs.replace(arranged.spec, limits=Limits()) if unlimited else arranged.spec
-            launch = await self._reception.launch(entry.offer, spec, self._planning)
-            await self._reception.announced(self._admissions.delivery(entry, kept_ports(launch)))
-            await make(launch.plan.blank_images, launch.plan.copies)
-        except BaseException as error:  # perhaps a full file system, which takes no notes either
-            await asyncio.to_thread(remove_made, entry.made)
-            with suppress(HostError):  # the next daemon removes what is marked
-                await asyncio.to_thread(clear_unfinished, self._registry.paths(entry.machine).state)
-            await self._ledger.step(entry.id, Step.DISCARD, reason=error.message if isinstance(error, QmpdError) else repr(error))
-            await self._ledger.settle(entry.id)
-            raise
-        return launch
+        arrival, acceptance = await self._preparation.prepare(peer, offer)
+        self._publish("migration.awaited", arrival.machine.name, {"migration": offer.id, "peer": peer.name})
+        attend = self._wondering.wonder if offer.state == "stopped" else self._attend
+        self._tasks.start(attend(arrival), f"arrival:{arrival.machine.name}")
+        return acceptance
 
     async def _supersede(self, peer: str, offer: Offer) -> None:
         """An owner that offers a machine again has kept it before, whether or not that was heard here."""
@@ -374,27 +336,3 @@ class Arrivals:
                     raise
             else:
                 return
-
-
-def _first(peer: str, offer: Offer, arranged: Arranged) -> Entry:
-    moment = timestamp(utc_now())
-    return Entry(
-        id=offer.id,
-        role="destination",
-        machine=arranged.spec.name,
-        uuid=offer.uuid,
-        peer=peer,
-        epoch=offer.epoch,
-        phase=FIRST["destination"],
-        offer=msgspec.structs.replace(offer, spec=arranged.spec),
-        went=offer.state == "running",
-        began_at=moment,
-        changed_at=moment,
-    )
-
-
-def _definition(entry: Entry) -> Definition:
-    offer = entry.offer
-    return Definition(
-        spec=offer.spec, uuid=entry.uuid, created_at=offer.created_at, changed_at=offer.changed_at, epoch=entry.epoch, arrived=entry.id
-    )

@@ -36,6 +36,10 @@ class Giving:
         self._ledger = ledger
         self._deliveries = deliveries
 
+    def _has_ended(self, departure: Departure) -> bool:
+        """Whether the QEMU that the machine left from is gone. One at rest had none."""
+        return departure.machine.state in AT_REST and not self._ledger.get(departure.migration).at_rest
+
     async def loaded(self, departure: Departure, link: PeerDaemon, *, halfway: bool) -> None:
         """Returns when the destination says that it holds the whole state, or of a guest that is `halfway` all that it needs to run: then
         there is no way back, and no limit, as long as this half is there.
@@ -51,7 +55,7 @@ class Giving:
                 found = await asked(lambda: link.loaded(departure.migration, LoadedRequest(timeout_s=LOADED_WAIT_S)))
             except PeerError as error:
                 stranger = isinstance(error, PeerRefused) and code_of(error) in _STRANGERS
-                if (not halfway and (stranger or loop.time() > until)) or departure.machine.state in AT_REST:
+                if (not halfway and (stranger or loop.time() > until)) or self._has_ended(departure):
                     raise
                 departure.problem = f"whether the destination has the guest is not known: {error.message}"
                 await asyncio.sleep(AGAIN_S)
@@ -73,7 +77,7 @@ class Giving:
             NoSpace, StaleRevision, Busy, TooLarge: nothing was written. Of a guest that is `halfway` it is tried again instead.
         """
         machine, entry = departure.machine, self._ledger.get(departure.migration)
-        if machine.asked_to_end:
+        if machine.asked_to_end and not entry.at_rest:
             raise WrongState(f"machine {machine.name!r} was ended here meanwhile", state=str(machine.state), allowed=[])
         given = msgspec.structs.replace(machine.definition, given=Given(peer=entry.peer, migration=entry.id, epoch=entry.epoch))
         departure.giving = True

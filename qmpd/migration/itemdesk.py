@@ -56,7 +56,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     def targets(self) -> dict[str, Target]:
         """Where the items that were announced belong."""
         known = targets(self.spec, self.paths, self.serial_ports)
-        return {parcel.item: known[parcel.item] for parcel in self.parcels}
+        return {parcel.item: known[parcel.item] for parcel in self.parcels if parcel.item in known}
 
     def sizes(self) -> dict[str, int]:
         """How long they are."""
@@ -176,6 +176,11 @@ class ItemDesk:
         logs = [self._slot(delivery, log_item(port)).arriving for port in ports]
         received = await asyncio.to_thread(lambda: [log.received() for log in logs])
         return tuple(LogReceived(port=port, received=count) for port, count in zip(ports, received, strict=True))
+
+    async def whole(self, delivery: Delivery) -> bool:
+        """Whether all of every file is here that was announced; of a log as much is here as there is."""
+        slots = [self._slot(delivery, item) for item, target in delivery.targets().items() if target.kind != "log"]
+        return await asyncio.to_thread(lambda: all(slot.arriving.received() == slot.size and _whole(slot) is not None for slot in slots))
 
     async def place(self, delivery: Delivery) -> None:
         """Gives everything its name: the machine is this host's. May be repeated.

@@ -58,6 +58,11 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     settled: bool = False
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether the machine does not run, and all of it are files."""
+        return self.offer.state == "stopped"
+
 
 class Ledger:
     """All entries that are not settled, and the newest that are; in memory, and in the database first. Made by `open_ledger`."""

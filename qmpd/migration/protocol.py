@@ -15,6 +15,7 @@ from msgspec import Meta
 from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.parcels import MAX_PARCELS, Parcel
 from qmpd.migration.phases import Phase, Role
+from qmpd.migrationviews import MigrationFinding
 from qmpd.spec import UUID_PATTERN, DiskFormat, MachineSpec, Path, Text, Word
 from qmpd.viewbase import Request, View
 
@@ -60,8 +61,9 @@ class DiskOffer(Request, frozen=True, kw_only=True):
 class Offer(Request, frozen=True, kw_only=True):
     """A machine that another host offers to hand over.
 
-    `state` is what it does there now, `parcels` what it brings beside its memory. `bitmaps`: its disks have some, which move along.
-    `unlimited`: it is taken without its limits where they cannot be kept.
+    `state` is what it does there now. `parcels` is what it brings beside its memory: all of it where it is `stopped`, and then nobody knows
+    an accelerator or an emulator of it. `bitmaps`: its disks have some, which move along. `unlimited`: it is taken without its limits where
+    they cannot be kept.
     """
 
     protocol: int
@@ -71,10 +73,10 @@ class Offer(Request, frozen=True, kw_only=True):
     uuid: Annotated[str, Meta(pattern=UUID_PATTERN)]
     created_at: Text
     changed_at: Text
-    state: Literal["running", "paused"]
+    state: Literal["running", "paused", "stopped"]
     machine: Word
-    accel: Literal["kvm", "tcg"]
-    emulator_version: Text
+    accel: Literal["kvm", "tcg"] | None = None
+    emulator_version: Text = ""
     disks: tuple[DiskOffer, ...] = ()
     parcels: Annotated[tuple[Parcel, ...], Meta(max_length=MAX_PARCELS)] = ()
     channels: Annotated[int, Meta(ge=0, le=255)] = 0
@@ -82,6 +84,10 @@ class Offer(Request, frozen=True, kw_only=True):
     bitmaps: bool = False
     tunnel: bool = False
     unlimited: bool = False
+
+    def __post_init__(self) -> None:
+        if self.accel is None and self.state != "stopped":
+            raise ValueError("a machine that is not stopped has an accelerator: `accel` is missing")
 
 
 class Endpoint(View, frozen=True, kw_only=True):
@@ -108,7 +114,8 @@ class DiskAccepted(View, frozen=True, kw_only=True):
 
 
 class Acceptance(View, frozen=True, kw_only=True):
-    """The destination's QEMU waits. `endpoint` is None if the data goes through the API. `facts` is what the source compares."""
+    """The destination waits. `endpoint` is where its QEMU does; None if there is none, or the data goes through the API. `findings` is what
+    of the definition is otherwise there, `facts` what the source compares."""
 
     id: str
     endpoint: Endpoint | None
@@ -117,7 +124,7 @@ class Acceptance(View, frozen=True, kw_only=True):
     postcopy: bool = False
     bitmaps: bool = False
     emulator_version: str
-    warnings: tuple[str, ...] = ()
+    findings: tuple[MigrationFinding, ...] = ()
     facts: DestinationFacts | None = None
 
 

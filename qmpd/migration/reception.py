@@ -16,7 +16,7 @@ from qmpd.errors import CannotMove, QmpdError
 from qmpd.facts import MachinePaths
 from qmpd.forwards import remake
 from qmpd.launching import Launch
-from qmpd.lifecycle import State
+from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine, Publish
 from qmpd.migration import capabilities, incoming
 from qmpd.migration.addresses import Listening, TcpAddress, TcpRange, UnixAddress
@@ -26,12 +26,15 @@ from qmpd.migration.incoming import STAYS, Listen
 from qmpd.migration.itemdesk import Delivery, ItemDesk
 from qmpd.migration.items import targets
 from qmpd.migration.outgoing import Before
+from qmpd.migration.parcels import Parcel
 from qmpd.migration.premises import is_shared
 from qmpd.migration.progress import NONE
-from qmpd.migration.protocol import Acceptance, Channel, ConsoleEnd, DiskAccepted, Endpoint, LogReceived, Offer
+from qmpd.migration.protocol import Acceptance, Channel, ConsoleEnd, DiskAccepted, DiskOffer, Endpoint, LogReceived, Offer
 from qmpd.migration.qemu import ask_map, run_state
+from qmpd.migration.retargeting import DiskTarget, Retarget, host_findings, host_paths, retargeted
 from qmpd.migration.shipping import node_of
 from qmpd.migration.tls import ServerTls
+from qmpd.migrationviews import MigrationFinding
 from qmpd.plan import BlankImage, SerialPipe, without_forwards
 from qmpd.plan.disks import disk_path
 from qmpd.planning import Planning
@@ -62,12 +65,14 @@ _log = logging.getLogger(__name__)
 class Arranged(msgspec.Struct, frozen=True, kw_only=True):
     """How a machine will be here: its definition with the paths of this host, and how each disk comes.
 
-    `made` are images that are made outside of the machine's own directory.
+    `made` are images that are made outside of the machine's own directory, `parcels` what else comes, `findings` what is otherwise here.
     """
 
     spec: MachineSpec
     disks: tuple[DiskAccepted, ...] = ()
     made: tuple[BlankImage, ...] = ()
+    parcels: tuple[Parcel, ...] = ()
+    findings: tuple[MigrationFinding, ...] = ()
 
 
 class Awaited:
@@ -107,31 +112,34 @@ class Reception:
             CannotMove: it would be another machine here.
             Invalid: all that is wrong with its definition on this host.
         """
+        if offer.accel is not None:
+            spec = msgspec.structs.replace(spec, accel=offer.accel)
         known = targets(spec, self._paths(spec.name))
         coming = frozenset(known[parcel.item].path for parcel in offer.parcels if parcel.item in known)
-        launch = await planning.launch(without_forwards(msgspec.structs.replace(spec, accel=offer.accel)), coming=coming)
+        launch = await planning.launch(without_forwards(spec), coming=coming)
         if launch.machine != offer.machine:
             raise CannotMove(f"the machine is a {offer.machine} there, and would be a {launch.machine} here")
         return launch
 
     def _arranged(self, offer: Offer, spec: MachineSpec) -> Arranged:
-        accepted, made, disks = [], [], list(spec.disks)
-        paths = [disk_path(spec, self._paths(spec.name), index) for index in range(len(disks))]
-        for wanted in offer.disks:
-            if wanted.index >= len(disks):
-                raise CannotMove(f"disk {wanted.index} is offered, and the definition has only {len(disks)}")
-            disk = disks[wanted.index]
-            if is_shared(wanted, disk):
-                accepted.append(DiskAccepted(index=wanted.index, how="shared", path=paths[wanted.index]))
-                continue
-            if isinstance(disk, ImageDisk):
-                disk = msgspec.structs.replace(disk, path=wanted.path or disk.path, format=wanted.format or disk.format)
-                self._check_target(wanted.index, disk.path)
-                made.append(BlankImage(path=disk.path, format=disk.format, size_bytes=wanted.virtual_bytes))
-            disks[wanted.index] = disk
-            there = disk.path if isinstance(disk, ImageDisk) else paths[wanted.index]
-            accepted.append(DiskAccepted(index=wanted.index, how="copy", path=there, export=node_of(wanted.index)))
-        return Arranged(spec=msgspec.structs.replace(spec, disks=tuple(disks)), disks=tuple(accepted), made=tuple(made))
+        shared = {wanted.index for wanted in offer.disks if wanted.index < len(spec.disks) and is_shared(wanted, spec.disks[wanted.index])}
+        copied = {wanted.index: wanted for wanted in offer.disks if wanted.index not in shared}
+        here = retargeted(spec, Retarget(disks={index: DiskTarget(path=disk.path, format=disk.format) for index, disk in copied.items()}))
+        images = {index: disk for index in copied if isinstance(disk := here.disks[index], ImageDisk)}
+        for index, disk in images.items():
+            self._check_target(index, disk.path)
+        brought = {parcel.item for parcel in offer.parcels}
+        for index, disk in enumerate(here.disks) if offer.state == "stopped" else ():
+            if index not in shared and (f"disk-{index}" not in brought or disk.format != spec.disks[index].format):
+                raise CannotMove(f"disk {index} of a machine at rest has to be sent as it is, in the format that it has")
+        paths = [disk_path(here, self._paths(here.name), index) for index in range(len(here.disks))]
+        return Arranged(
+            spec=here,
+            disks=tuple(_accepted(wanted, offer, paths[wanted.index], shared=wanted.index in shared) for wanted in offer.disks),
+            made=tuple(_blank(disk, copied[index]) for index, disk in images.items() if offer.state != "stopped"),
+            parcels=tuple(parcel for parcel in offer.parcels if parcel.item not in {f"disk-{index}" for index in shared}),
+            findings=tuple(host_findings(here, examine([named.path for named in host_paths(here)], self._settings.pools))),
+        )
 
     def _check_target(self, index: int, path: str) -> None:
         found = examine([path], self._settings.pools)[path]
@@ -177,6 +185,7 @@ class Reception:
             postcopy=offer.postcopy,
             bitmaps=offer.bitmaps,
             emulator_version=launch.emulator_version,
+            findings=arranged.findings,
         )
         return acceptance, Awaited(door, wanted)
 
@@ -225,8 +234,30 @@ class Reception:
             raise CannotMove("QEMU does not listen at a port")
         return Endpoint(host=found.host, port=found.port, tls_name=peer.owner)
 
+    async def is_whole(self, delivery: Delivery) -> bool:
+        """Whether all files of a machine at rest are here."""
+        return await self._desk.whole(delivery)
+
+    async def name_files(self, delivery: Delivery) -> tuple[str, ...]:
+        """Gives the files of a machine at rest their names; those outside of its own directory. May be repeated.
+
+        Raises:
+            WrongState, AlreadyExists, HostError, NoSpace: it cannot be done now.
+        """
+        await self._desk.place(delivery)
+        return tuple(target.path for target in delivery.targets().values() if not target.own)
+
+    async def discard(self, delivery: Delivery) -> None:
+        """Removes what came of a machine that does not come, outside of its own directory."""
+        try:
+            await self._desk.discard(delivery)
+        except QmpdError as error:
+            _log.error("what came of a migration cannot be removed", extra={"machine": delivery.spec.name, "error": error.message})
+
     async def is_receiving(self, machine: Machine) -> bool:
-        """Whether anything has come yet."""
+        """Whether anything has come yet. False for a machine without a QEMU, of which only the source knows how far it is."""
+        if machine.state in AT_REST:
+            return False
         try:
             status = (await ask_map(machine.session, "query-migrate")).get("status", NONE)
         except QmpdError:
@@ -327,6 +358,16 @@ class Reception:
         for warning in (await remake(machine.session, machine.definition.spec)).warnings:
             _log.warning("port is not forwarded", extra={"machine": machine.name, "reason": warning})
             self._publish("machine.forward-lost", machine.name, {"reason": warning})
+
+
+def _accepted(wanted: DiskOffer, offer: Offer, path: str, *, shared: bool) -> DiskAccepted:
+    if shared:
+        return DiskAccepted(index=wanted.index, how="shared", path=path)
+    return DiskAccepted(index=wanted.index, how="copy", path=path, export=None if offer.state == "stopped" else node_of(wanted.index))
+
+
+def _blank(disk: ImageDisk, wanted: DiskOffer) -> BlankImage:
+    return BlankImage(path=disk.path, format=disk.format, size_bytes=wanted.virtual_bytes)
 
 
 def kept_ports(launch: Launch) -> tuple[int, ...]:

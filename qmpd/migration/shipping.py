@@ -25,6 +25,7 @@ from qmpd.migration.addresses import Address, TcpAddress, UnixAddress
 from qmpd.migration.belongings import announced
 from qmpd.migration.bitmaps import Bitmap, bitmaps, check_movable
 from qmpd.migration.capabilities import Agreed
+from qmpd.migration.consignment import packed
 from qmpd.migration.convergence import Abilities, Abort, Decision, Pause, Postcopy, Set, Tuner, opening, unattainable
 from qmpd.migration.ledger import Entry
 from qmpd.migration.measuring import sample_of
@@ -40,10 +41,12 @@ from qmpd.peers import PeerDaemon
 from qmpd.plan.disks import disk_path, is_read_only
 from qmpd.process import boot_id
 from qmpd.settings import Peer
-from qmpd.spec import BlankDisk
+from qmpd.spec import BlankDisk, ImageDisk
 from qmpd.views import Progress
 
 MIB: Final = 1024 * 1024
+#: States in which a machine has something that can be moved while it lives.
+LIVE: Final = frozenset({State.RUNNING, State.PAUSED})
 #: The journal keeps what is reported; a bar needs no more.
 REPORT_S: Final = 0.5
 #: The monitor of a QEMU that lives comes back within a second, unless its main loop is blocked.
@@ -177,13 +180,15 @@ class Shipping:
         self._pki_dir = pki_dir
         self._paths = paths
 
-    async def offer(self, machine: Machine, request: MigrateRequest, migration: str) -> tuple[Offer, Before]:
+    async def offer(self, machine: Machine, request: MigrateRequest, migration: str) -> tuple[Offer, Before | None]:
         """What the peer is told of a machine, and how its QEMU is before anything is changed in it.
 
         Raises:
             CannotMove: a machine of this kind cannot be moved, or a bitmap of its disks not.
         """
         launch, definition = machine.launch, machine.definition
+        if machine.state in AT_REST and definition.adoption is None:
+            return await self._at_rest(machine, request, migration), None
         if launch is None or definition.adoption is not None:
             raise CannotMove(f"machine {machine.name!r} was started by somebody else: qmpd does not know all of it")
         disks = await self._disks(machine, request)
@@ -211,11 +216,31 @@ class Shipping:
         )
         return offer, await outgoing.look(machine.session)
 
+    async def _at_rest(self, machine: Machine, request: MigrateRequest, migration: str) -> Offer:
+        """The offer of a machine of which there are only files."""
+        definition = machine.definition
+        disks = await self._disks(machine, request)
+        left = [disk.index for disk in disks if disk.how == "shared" and isinstance(definition.spec.disks[disk.index], ImageDisk)]
+        return Offer(
+            protocol=VERSION,
+            id=migration,
+            epoch=definition.epoch + 1,
+            spec=definition.spec,
+            uuid=definition.uuid,
+            created_at=definition.created_at,
+            changed_at=definition.changed_at,
+            state="stopped",
+            machine=definition.spec.machine or "",
+            disks=disks,
+            parcels=await asyncio.to_thread(packed, machine, self._paths(machine.name), left, all_of_it=True),
+            unlimited="limit-unkept" in request.accept,
+        )
+
     async def _disks(self, machine: Machine, request: MigrateRequest) -> tuple[DiskOffer, ...]:
         spec = machine.definition.spec
         paths = [disk_path(spec, self._paths(machine.name), index) for index in range(len(spec.disks))]
         marks = await asyncio.to_thread(lambda: [mark_of(path) for path in paths])
-        sizes = await _sizes(machine) if paths else {}
+        sizes = await _sizes(machine) if paths and machine.state not in AT_REST else {}
         chosen = {choice.disk: choice for choice in request.disks}
         offers = []
         for index, mark in enumerate(marks):
@@ -225,7 +250,7 @@ class Shipping:
                 DiskOffer(
                     index=index,
                     how="shared" if is_read_only(spec.disks[index]) else how,
-                    virtual_bytes=sizes.get(paths[index], (0, 0))[0],
+                    virtual_bytes=sizes.get(paths[index], (mark.size if mark is not None else 0, 0))[0],
                     used_bytes=sizes.get(paths[index], (0, 0))[1],
                     mark=mark,
                     path=choice.path if choice is not None else None,
@@ -309,7 +334,8 @@ def check_answered(offer: Offer, accepted: Acceptance) -> None:
     for disk in offer.disks:
         answer = answers[disk.index]
         how = "copy" if isinstance(offer.spec.disks[disk.index], BlankDisk) else disk.how
-        if how not in {"auto", answer.how} or (answer.how == "copy") is (answer.export is None):
+        exported = answer.how == "copy" and offer.state != "stopped"  # by its QEMU, to this one
+        if how not in {"auto", answer.how} or exported is (answer.export is None):
             raise CannotMove(f"disk {disk.index} is offered as {how!r}, and the peer takes it as {answer.how!r}")
 
 

@@ -17,29 +17,28 @@ from typing import Final
 from qmpd.errors import Held, HostError, MigrationFailed, NotFound, PeerError, QmpdError, WrongState
 from qmpd.jobs import Report
 from qmpd.journal import Journal, timestamp, utc_now
-from qmpd.lifecycle import AT_REST, State
+from qmpd.lifecycle import AT_REST
 from qmpd.machine import Machine, Publish
-from qmpd.migration.belongings import Belongings
+from qmpd.migration.carriage import Carriage, Carried
 from qmpd.migration.convergence import revised
-from qmpd.migration.delivery import AGAIN_S, DOUBT_S, LONGEST_AGAIN_S, Deliveries, Departure, asked, code_of, insisted
+from qmpd.migration.delivery import AGAIN_S, DOUBT_S, LONGEST_AGAIN_S, Deliveries, Departure, asked, code_of
 from qmpd.migration.following import is_halfway
 from qmpd.migration.giving import NOT_WRITTEN, Giving
 from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.outgoing import Before
 from qmpd.migration.phases import FIRST, KEEPABLE, Phase, Step
-from qmpd.migration.protocol import Acceptance, DiscardRequest, Offer, Standing
+from qmpd.migration.protocol import DiscardRequest, Offer, Standing
 from qmpd.migration.rehearsal import Rehearsals
-from qmpd.migration.shipping import Shipment, Shipping, check_answered, moved
+from qmpd.migration.shipping import LIVE, Shipping
 from qmpd.migrationviews import DryRunReport, GoalChanges, MigrateRequest, MigrationReport
 from qmpd.peering import Peering
 from qmpd.peers import PeerDaemon
 from qmpd.registry import Registry
 from qmpd.settings import Peer
-from qmpd.tasks import Tasks, alongside, undivided
+from qmpd.tasks import Tasks, undivided
 
-#: States in which a machine has something that can be moved while it lives.
-MOVABLE: Final = frozenset({State.RUNNING, State.PAUSED})
-
+#: States in which all of a machine can be moved: by its QEMU while it lives, as files while it does not.
+MOVABLE: Final = LIVE | AT_REST
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +59,6 @@ class Departures:
         publish: Publish,
     ) -> None:
         self._registry = registry
-        self._journal = journal
         self._ledger = ledger
         self._peering = peering
         self._shipping = shipping
@@ -73,6 +71,9 @@ class Departures:
         )
 
         self._giving = Giving(registry, ledger, self._deliveries)
+        self._carriage = Carriage(
+            registry=registry, ledger=ledger, journal=journal, shipping=shipping, rehearsals=rehearsals, giving=self._giving
+        )
 
     def close(self) -> None:
         """The daemon ends: what cannot be done now is left to the next one."""
@@ -93,6 +94,8 @@ class Departures:
         departure.hold()
         try:
             machine.require(MOVABLE, "migrate")
+            if machine.state in AT_REST:
+                await self._registry.check_free(machine)
             offer, before = await self._shipping.offer(machine, request, departure.migration)
             entry = await self._ledger.begin(_first(offer, before, peer.name))
         except BaseException:
@@ -106,28 +109,10 @@ class Departures:
             except BaseException as error:
                 await undivided(self._kept(departure, _words(error)), f"keep:{machine.name}")
                 raise
-            accepted, shipment = await self._shipped(departure, peer, link, request, report)
-            figures = await shipment.measured()
+            carried = await self._shipped(departure, peer, link, request, report)
+            outcome = await carried.reported(departure, entry)
             await self._deliveries.deliver(departure, link, peer)
-        return MigrationReport(
-            id=entry.id,
-            machine=entry.machine,
-            peer=peer.name,
-            owner="destination",
-            owner_name=peer.name,
-            epoch=entry.epoch,
-            total_ms=float(figures.total_ms),
-            setup_ms=float(figures.setup_ms),
-            downtime_ms=float(figures.downtime_ms),
-            transferred_bytes=figures.transferred_bytes,
-            passes=figures.passes,
-            postcopy=shipment.postcopy,
-            tunnelled=shipment.meter is not None,
-            tunnelled_bytes=0 if shipment.meter is None else shipment.meter.sent + shipment.meter.received,
-            tuned=tuple(shipment.tuner.tuned),
-            findings=departure.findings,
-            disks=moved(accepted, shipment.last_copied),
-        )
+        return outcome
 
     async def rehearse(self, machine: Machine, request: MigrateRequest, report: Report) -> DryRunReport:
         """Whether a machine could be moved, and what that would take. Changes nothing, on either side.
@@ -290,35 +275,19 @@ class Departures:
 
     # Until it is given away.
 
-    async def _shipped(
-        self, departure: Departure, peer: Peer, link: PeerDaemon, request: MigrateRequest, report: Report
-    ) -> tuple[Acceptance, Shipment]:
+    async def _shipped(self, departure: Departure, peer: Peer, link: PeerDaemon, request: MigrateRequest, report: Report) -> Carried:
         """Everything up to the commit that gives the machine away. If it fails before, the machine is here as it was."""
-        machine, migration = departure.machine, departure.migration
+        machine = departure.machine
         try:
-            offer = self._ledger.get(migration).offer
-            accepted = await insisted(lambda: link.offer(offer))
-            check_answered(offer, accepted)
-            departure.findings = await self._rehearsals.checked(machine, request, offer, accepted.facts)
-            entry = await self._ledger.step(migration, Step.ACCEPTED)
-            async with self._shipping.shipment(machine, entry, accepted, peer, link, request.goal, report) as shipment:
-                departure.shipment = shipment
-                belongings = departure.belongings = Belongings(machine, self._registry.paths(machine.name), migration, link, self._journal)
-                async with belongings.following():
-                    await shipment.prepare()
-                    await self._ledger.step(migration, Step.PERFORM)
-                    await shipment.send()
-            async with alongside(belongings.settle(runs=shipment.went), f"belongings:{machine.name}") as settling:
-                await self._giving.loaded(departure, link, halfway=shipment.postcopy)
-                await settling
+            carried = await self._carriage.carry(departure, peer, link, request, report)
             report.point_of_no_return(f"machine {machine.name!r} is being given to {peer.name}")
-            await self._giving.give(departure, went=shipment.went, halfway=shipment.postcopy)
+            await self._giving.give(departure, went=carried.went, halfway=carried.halfway)
         except BaseException as error:
             undecided = departure.giving and not isinstance(error, NOT_WRITTEN)
             if machine.definition.given is None and not undecided:
                 await undivided(self._keep(departure, _words(error)), f"keep:{machine.name}")
             raise
-        return accepted, shipment
+        return carried
 
     async def _keep(self, departure: Departure, reason: str) -> None:
         """The machine stays, but for one that is halfway: of that nothing whole is left to keep, and the only way is forward."""
@@ -373,7 +342,7 @@ class Departures:
         await self._ledger.settle(entry.id)
 
 
-def _first(offer: Offer, before: Before, peer: str) -> Entry:
+def _first(offer: Offer, before: Before | None, peer: str) -> Entry:
     moment = timestamp(utc_now())
     return Entry(
         id=offer.id,

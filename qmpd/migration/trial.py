@@ -144,7 +144,7 @@ def _stood_in(offer: Offer, targets: tuple[TargetDisk, ...]) -> MachineSpec:
     there = {target.index for target in targets if target.how == "shared" and target.exists and not target.refusal}
     sizes = {wanted.index: wanted.virtual_bytes for wanted in offer.disks}
     disks = tuple(disk if index in there else _blank(disk, sizes.get(index, 0)) for index, disk in enumerate(offer.spec.disks))
-    bare = msgspec.structs.replace(offer.spec, uuid=offer.uuid, accel=offer.accel, disks=disks, limits=Limits())
+    bare = msgspec.structs.replace(offer.spec, uuid=offer.uuid, accel=offer.accel or offer.spec.accel, disks=disks, limits=Limits())
     return without_forwards(bare)
 
 

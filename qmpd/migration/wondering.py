@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from typing import Final
 
 from qmpd.errors import NotFound, PeerError, PeerRefused, QmpdError
@@ -42,7 +43,7 @@ class Wondering:
         loop = asyncio.get_running_loop()
         while self._ledger.get(arrival.migration).phase in UNOWNED:
             try:
-                if await arrival.machine.until(AT_REST, ASK_S):
+                if await self._has_ended(arrival):
                     await self._endings.discard(arrival, last_words(arrival.machine))
                     return
                 async with self._peering.dial(self._peering.peers.get(arrival.peer)) as link:
@@ -55,6 +56,15 @@ class Wondering:
             except QmpdError as error:  # it could not be written down, say: the same is done again
                 _log.error("arrival does not go on", extra={"machine": arrival.machine.name, "error": error.message})
                 await asyncio.sleep(AGAIN_S)
+
+    async def _has_ended(self, arrival: Arrival) -> bool:
+        """Whether the QEMU that waited has ended, or does so before the source is to be asked. A machine at rest has none."""
+        if not self._ledger.get(arrival.migration).at_rest:
+            return await arrival.machine.until(AT_REST, ASK_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ASK_S):
+                await arrival.changed.wait()
+        return False
 
     async def _heed(self, arrival: Arrival, found: Standing) -> None:
         """Does what the source has decided. It has journalled its decision before anybody can read it."""

@@ -345,6 +345,12 @@ def test_a_host_is_drained_to_its_peers_in_turn(daemon: StandIn, capsys: pytest.
     assert daemon.last("GET /v1/machines").query == {"label": ["tier=web"]}
 
 
+def test_what_does_not_run_is_drained_as_well(daemon: StandIn) -> None:
+    daemon.answers["GET /v1/machines"] = machines(machine("lab", State.STOPPED))
+    moving(daemon, ended(REPORT))
+    assert (run(["drain", "hostb", "--all"]), run(["drain", "hostb", "--all", "--dry-run"])) == (Exit.OK, Exit.USAGE)
+
+
 def test_what_one_peer_does_not_take_another_one_may(daemon: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     daemon.answers["GET /v1/machines"] = machines(machine("lab"))
     refused = job(state="failed", error={"code": "cannot_move", "message": "no room", "details": {}})

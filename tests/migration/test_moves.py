@@ -175,7 +175,7 @@ async def test_a_peer_that_is_not_there_costs_the_guest_nothing(short_directory:
             await a.service.migration.migrate("counter", MigrateRequest(peer="nobody"))
         await b.service.create(spec_of(counting, "idle"))
         with pytest.raises(WrongState):
-            await b.service.migration.migrate("idle", MigrateRequest(peer="a"))
+            await b.service.migration.migrate("idle", MigrateRequest(peer="a", dry_run=True))
         await a.service.kill("counter")
 
 
