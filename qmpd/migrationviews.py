@@ -135,7 +135,8 @@ class MigrationFinding(View, frozen=True, kw_only=True):
 
 class Prediction(View, frozen=True, kw_only=True):
     """What a migration will take, from what was measured. `total_s` None: it does not end by itself. `reachable`: the goal is kept without
-    what `then` says. `dirty_mib_s` None: it could not be measured. `explanation` is for people."""
+    what `then` says. `dirty_mib_s` None: it could not be measured. `explanation` is for people. A machine at rest has no memory and no
+    downtime: `disk_bytes` is all of it."""
 
     memory_bytes: int
     disk_bytes: int

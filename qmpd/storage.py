@@ -27,8 +27,9 @@ NEVER: Final = ("/proc", "/sys", "/dev")
 CREATE_DEADLINE_S: Final = 60.0
 #: Enough of a file for every header looked at.
 HEADER_BYTES: Final = 4096
+QCOW2: Final = b"QFI\xfb"
 MAGICS: Final = {
-    b"QFI\xfb": "qcow2",
+    QCOW2: "qcow2",
     b"KDMV": "vmdk",
     b"# Disk D": "vmdk",
     b"vhdxfile": "vhdx",
@@ -40,8 +41,9 @@ MAGICS: Final = {
 UNFINISHED: Final = ".unfinished"
 #: Names of files in one message.
 SHOWN_NAMES: Final = 5
-#: qcow2 header (docs/interop/qcow2.txt): offsets of backing_file_offset, crypt_method and incompatible_features.
+#: qcow2 header (docs/interop/qcow2.txt): offsets of backing_file_offset, size, crypt_method and incompatible_features.
 BACKING_OFFSET: Final = 8
+VIRTUAL_SIZE: Final = 24
 CRYPT_METHOD: Final = 32
 INCOMPATIBLE: Final = 72
 EXTERNAL_DATA: Final = 1 << 2
@@ -109,9 +111,17 @@ def _header(path: str) -> bytes:
         return b""
 
 
+def guest_bytes(path: str, image_format: str) -> int:
+    """How large the disk is that a guest sees in an image: what its header says, or its length. Blocks. Raises OSError."""
+    header = _header(path) if image_format == "qcow2" else b""
+    if header.startswith(QCOW2):
+        return int.from_bytes(header[VIRTUAL_SIZE : VIRTUAL_SIZE + 8], "big")
+    return Path(path).stat().st_size
+
+
 def _refusal(header: bytes) -> str | None:
     """Why a qcow2 image cannot be used: everything in it that would make QEMU open another file, or a repair be due."""
-    if not header.startswith(b"QFI\xfb"):
+    if not header.startswith(QCOW2):
         return None
     header = header.ljust(HEADER_BYTES, b"\0")  # QEMU reads zeros behind the end of a file, and takes a header that is cut off
     if int.from_bytes(header[BACKING_OFFSET : BACKING_OFFSET + 8], "big"):

@@ -41,8 +41,6 @@ def drain_command(
     peers: Sequence[str], parallel: int, labels: Sequence[tuple[str, str]], everything: bool, dry_run: bool, **wishes: Any
 ) -> int:
     """Move every machine that runs or is paused to the peers, in turn; to another one of them if the first does not take it."""
-    if everything and dry_run:
-        raise click.UsageError("only what runs can be tried: leave --all or --dry-run out")
     if wishes["then"] is not None and wishes["deadline"] is None:
         raise click.UsageError("--then says what happens at the deadline: give a --deadline")
     from qmpd.migrationviews import MigrateRequest

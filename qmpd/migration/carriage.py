@@ -5,9 +5,10 @@ A machine that runs is carried by its QEMU, while what belongs to it goes beside
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final, Protocol
 
-from qmpd.errors import CannotMove
+from qmpd.errors import MigrationFailed
 from qmpd.jobs import Report
 from qmpd.journal import Journal
 from qmpd.migration.belongings import Belongings
@@ -15,7 +16,6 @@ from qmpd.migration.consignment import Consignment
 from qmpd.migration.delivery import Departure, insisted
 from qmpd.migration.giving import Giving
 from qmpd.migration.ledger import Entry, Ledger
-from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.phases import Step
 from qmpd.migration.protocol import Acceptance
 from qmpd.migration.rehearsal import Rehearsals
@@ -62,11 +62,7 @@ class Carriage:
         machine, offer = departure.machine, self._ledger.get(departure.migration).offer
         accepted = await insisted(lambda: link.offer(offer))
         check_answered(offer, accepted)
-        if offer.state == "stopped":
-            _check_disks(accepted.facts)
-        else:
-            departure.findings = await self._rehearsals.checked(machine, request, offer, accepted.facts)
-        departure.findings = _together(departure.findings, accepted.findings)
+        departure.findings = _together(await self._rehearsals.checked(machine, request, offer, accepted.facts), accepted.findings)
         entry = await self._ledger.step(departure.migration, Step.ACCEPTED)
         if entry.at_rest:
             return await self._files(departure, entry, link, accepted, request, report)
@@ -104,7 +100,14 @@ class Carriage:
         paths = self._registry.paths(machine.name)
         consignment = Consignment(machine, paths, entry.id, parcels, link, request.goal.bandwidth_mib_s)
         await self._ledger.step(entry.id, Step.PERFORM)
-        await consignment.send(report)
+        limit = asyncio.timeout(request.goal.deadline_s if request.goal.then == "abort" else None)
+        try:
+            async with limit:
+                await consignment.send(report)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise MigrationFailed(f"not all of it was sent within {request.goal.deadline_s:g} s") from error
         await self._giving.loaded(departure, link, halfway=False)
         return _Files(consignment, accepted)
 
@@ -179,14 +182,6 @@ class _Files:
             findings=departure.findings,
             disks=tuple(disks),
         )
-
-
-def _check_disks(there: DestinationFacts | None) -> None:
-    """A machine at rest may be started at its destination when nobody looks: what it shares must be there, and be the same."""
-    for disk in there.disks if there is not None else ():
-        if disk.how == "shared" and (not disk.exists or disk.refusal or disk.same is False):
-            what = disk.refusal or ("is another file" if disk.exists else "is not")
-            raise CannotMove(f"disk {disk.index} is to be shared, and {disk.path} {what} at the destination", path=disk.path)
 
 
 def _together(here: tuple[MigrationFinding, ...], there: tuple[MigrationFinding, ...]) -> tuple[MigrationFinding, ...]:

@@ -8,11 +8,12 @@ from typing import Final, TypeAlias
 import msgspec
 
 from qmpd.migration.discrepancy import discrepancies, found
-from qmpd.migration.likeness import DestinationFacts, FirmwareFile, Obstacle, SourceDisk, SourceFacts, TargetDisk
+from qmpd.migration.likeness import DestinationFacts, FirmwareFile, MachineFacts, Obstacle, SourceDisk, SourceFacts, TargetDisk
 from qmpd.migrationviews import MigrationFinding, Severity
 
 MIB: Final = 1024 * 1024
 Check: TypeAlias = Callable[[SourceFacts, DestinationFacts], Iterator[MigrationFinding]]
+CheckAtRest: TypeAlias = Callable[[MachineFacts, DestinationFacts], Iterator[MigrationFinding]]
 #: Where the template of firmware variables is named. A machine has its own, which travel with it.
 VARIABLES: Final = "firmware.vars"
 _ORDER: Final[dict[Severity, int]] = {"error": 0, "warning": 1, "info": 2}
@@ -34,9 +35,14 @@ _WORKS: Final[dict[str, tuple[Severity, str]]] = {
 _STOPPED_BY_ITSELF: Final = frozenset({"io-error", "internal-error", "guest-panicked", "watchdog", "shutdown"})
 
 
-def compared(departure: SourceFacts, arrival: DestinationFacts) -> tuple[MigrationFinding, ...]:
-    """Everything that speaks against a migration, or is worth knowing before it: errors first."""
-    return _in_order(finding for check in CHECKS for finding in check(departure, arrival))
+def compared(departure: MachineFacts, arrival: DestinationFacts) -> tuple[MigrationFinding, ...]:
+    """Everything that speaks against a migration, or is worth knowing before it: errors first.
+
+    A machine at rest is started anew there, some day: no QEMU has to be like another one.
+    """
+    if isinstance(departure, SourceFacts):
+        return _in_order(finding for check in CHECKS for finding in check(departure, arrival))
+    return _in_order(finding for check in CHECKS_AT_REST for finding in check(departure, arrival))
 
 
 def possible(findings: tuple[MigrationFinding, ...]) -> bool:
@@ -58,7 +64,7 @@ def _in_order(findings: Iterable[MigrationFinding]) -> tuple[MigrationFinding, .
     return tuple(sorted(findings, key=lambda finding: _ORDER[finding.severity]))
 
 
-def _protocol(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
+def _protocol(departure: MachineFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     if departure.protocol not in arrival.protocols:
         spoken = ", ".join(map(str, arrival.protocols)) or "none"
         yield found(
@@ -69,7 +75,7 @@ def _protocol(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[Mig
         )
 
 
-def _taken(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
+def _taken(departure: MachineFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     if arrival.name_taken:
         message = f"the destination has a machine {departure.name} already"
         yield found("error", "name-taken", message, path="$.name", mend="rename or delete one of them")
@@ -104,16 +110,24 @@ def _board(departure: SourceFacts, _arrival: DestinationFacts) -> Iterator[Migra
 
 def _twin(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     if arrival.qemu is None:
-        for obstacle in arrival.obstacles or (Obstacle(message="it does not say why"),):
-            message = f"the destination cannot start this machine: {obstacle.message}"
-            mend = "make the destination's host fit, or the definition" if obstacle.path else ""
-            yield found("error", "cannot-start", message, path=obstacle.path, mend=mend)
+        yield from _obstacles(arrival.obstacles or (Obstacle(message="it does not say why"),))
         return
     yield from discrepancies(departure.qemu, arrival.qemu)
     here, there = departure.qemu.capabilities, arrival.qemu.capabilities
     wanted = {"multifd": departure.channels > 0, "postcopy-ram": departure.postcopy, "dirty-bitmaps": departure.bitmaps}
     for name in (name for name, is_wanted in wanted.items() if is_wanted and not (name in here and name in there)):
         yield found("error", "capability-missing", f"it needs {name}, which is not in both QEMUs", mend="leave it out")
+
+
+def _start(_departure: MachineFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
+    yield from _obstacles(arrival.obstacles)  # none, and no QEMU either, where a machine comes at rest: it is not started
+
+
+def _obstacles(obstacles: Iterable[Obstacle]) -> Iterator[MigrationFinding]:
+    for obstacle in obstacles:
+        message = f"the destination cannot start this machine: {obstacle.message}"
+        mend = "make the destination's host fit, or the definition" if obstacle.path else ""
+        yield found("error", "cannot-start", message, path=obstacle.path, mend=mend)
 
 
 def _alias(departure: SourceFacts, _arrival: DestinationFacts) -> Iterator[MigrationFinding]:
@@ -127,7 +141,7 @@ def _alias(departure: SourceFacts, _arrival: DestinationFacts) -> Iterator[Migra
         )
 
 
-def _firmware(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
+def _firmware(departure: MachineFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     there = {file.role: file for file in arrival.firmware}
     for file in departure.firmware:
         if file.role != VARIABLES:
@@ -149,7 +163,17 @@ def _firmware_file(here: FirmwareFile, there: FirmwareFile | None) -> Iterator[M
         yield found("warning", "firmware-differs", message, path=path, mend=mend)
 
 
-def _disks(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
+def _firmware_at_rest(departure: MachineFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
+    """QEMU reads it anew: a state that has to fit to its size there is none."""
+    for finding in _firmware(departure, arrival):
+        if finding.code in {"firmware-size", "firmware-differs"}:
+            message = "this file is another one at the destination: the guest gets that one when it is started"
+            yield found("warning", "firmware-differs", message, path=finding.path, mend=finding.mend)
+        else:
+            yield finding
+
+
+def _disks(departure: MachineFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     there = {disk.index: disk for disk in arrival.disks}
     for disk in departure.disks:
         path, other = f"$.disks[{disk.index}]", there.get(disk.index)
@@ -193,7 +217,7 @@ def _copied(here: SourceDisk, there: TargetDisk, path: str) -> Iterator[Migratio
         yield found("error", "no-space", message, path=path, mend="make room, or say another target path")
 
 
-def _ports(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
+def _ports(departure: MachineFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     for port in departure.forwards:
         if port in arrival.ports_taken:
             message = (
@@ -202,7 +226,13 @@ def _ports(departure: SourceFacts, arrival: DestinationFacts) -> Iterator[Migrat
             yield found("error", "port-taken", message, path="$.nics", mend="free it, or let the system choose (host_port = 0)")
 
 
-def _limits(_departure: SourceFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
+def _ports_at_rest(departure: MachineFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
+    """They are wanted when it is started, and may be free by then."""
+    for finding in _ports(departure, arrival):
+        yield msgspec.structs.replace(finding, severity="warning")
+
+
+def _limits(_departure: MachineFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     for name, reason in sorted(arrival.limits_unkept.items()):
         path = f"$.limits.{name}" if name else "$.limits"
         mend = "`qmpd check` at the destination says what is missing; or take the limit out of the definition"
@@ -229,3 +259,4 @@ CHECKS: Final[tuple[Check, ...]] = (
     _limits,
     _room,
 )
+CHECKS_AT_REST: Final[tuple[CheckAtRest, ...]] = (_protocol, _taken, _start, _firmware_at_rest, _disks, _ports_at_rest, _limits)

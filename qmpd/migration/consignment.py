@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -20,7 +21,10 @@ from qmpd.migration.extents import allocated
 from qmpd.migration.fileitems import FileSender
 from qmpd.migration.items import Target, log_item, targets
 from qmpd.migration.parcels import ItemStanding, Parcel
+from qmpd.migration.protocol import DiskOffer
 from qmpd.peers import PeerDaemon
+from qmpd.spec import MachineSpec
+from qmpd.storage import guest_bytes
 from qmpd.tasks import alongside
 from qmpd.views import Progress
 
@@ -29,6 +33,23 @@ MIB: Final = 1024 * 1024
 REPORT_S: Final = 0.5
 
 _log = logging.getLogger(__name__)
+
+
+def check_formats(spec: MachineSpec, disks: Iterable[DiskOffer]) -> None:
+    """Raises CannotMove where a disk is to be another one's format: nobody rewrites a file that is sent as it is."""
+    for disk in disks:
+        if disk.format not in {None, spec.disks[disk.index].format}:
+            message = f"disk {disk.index} of a machine at rest is sent as it is, in the format that it has: not as {disk.format}"
+            raise CannotMove(message)
+
+
+def sizes_at_rest(spec: MachineSpec, paths: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """What a guest sees of each image, and what that takes, by its path; without those that cannot be looked at. Blocks."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for disk, path in zip(spec.disks, paths, strict=True):
+        with suppress(OSError):
+            sizes[path] = (guest_bytes(path, disk.format), max(1, allocated(path)))  # 0 would say that it is not known
+    return sizes
 
 
 def packed(machine: Machine, paths: MachinePaths, left: Collection[int], *, all_of_it: bool) -> tuple[Parcel, ...]:

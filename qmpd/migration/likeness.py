@@ -127,20 +127,25 @@ class TargetDisk(Part, frozen=True, kw_only=True):
     free_bytes: int | None = None
 
 
-class SourceFacts(Part, frozen=True, kw_only=True):
-    """A machine at its source. `works` is what its board file says of migration, `alias` the machine type as the definition has it.
-    `channels` and `postcopy` are what the request asks for; `bitmaps`: its disks have some."""
+class MachineFacts(Part, frozen=True, kw_only=True):
+    """A machine at its source, by its definition and its files: all that there is of one at rest."""
 
     name: str
     uuid: str
     macs: tuple[str, ...] = ()
-    works: str = "works"
-    alias: str = ""
     protocol: int
-    qemu: QemuFacts
     firmware: tuple[FirmwareFile, ...] = ()
     disks: tuple[SourceDisk, ...] = ()
     forwards: tuple[HostPort, ...] = ()
+
+
+class SourceFacts(MachineFacts, frozen=True, kw_only=True):
+    """A machine that runs at its source. `works` is what its board file says of migration, `alias` the machine type as the definition has
+    it. `channels` and `postcopy` are what the request asks for; `bitmaps`: its disks have some."""
+
+    works: str = "works"
+    alias: str = ""
+    qemu: QemuFacts
     channels: int = 0
     postcopy: bool = False
     bitmaps: bool = False

@@ -47,6 +47,25 @@ def predicted(
     )
 
 
+def predicted_at_rest(*, sent_bytes: int, bandwidth_mib_s: float, goal: Goal) -> Prediction:
+    """The time to expect of a machine at rest, of which `sent_bytes` are to be sent. Of its goal only what it has of that counts: the most
+    that it may take of the network, and whether it stays where it is at the deadline.
+    """
+    speed = min(bandwidth_mib_s, goal.bandwidth_mib_s or bandwidth_mib_s)
+    total_s = sent_bytes / (speed * MIB)
+    limit_s = goal.deadline_s if goal.then == "abort" else None
+    in_time = limit_s is None or total_s <= limit_s
+    known = f"{sent_bytes / MIB:.1f} MiB are to be sent, and {speed:.1f} MiB/s go over: it takes about {total_s:.0f} s"
+    return Prediction(
+        memory_bytes=0,
+        disk_bytes=sent_bytes,
+        bandwidth_mib_s=speed,
+        total_s=total_s,
+        reachable=in_time,
+        explanation=known if in_time else f"{known}, and {limit_s:g} s are allowed; {_otherwise(goal)}",
+    )
+
+
 def _downtime_ms(memory_bytes: int, dirty_mib_s: float, speed: float, allowed_ms: float) -> float:
     """How long the last part takes: the first pass that leaves little enough is the last."""
     left_mib = memory_bytes / MIB

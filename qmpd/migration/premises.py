@@ -93,7 +93,7 @@ class Premises:
                 path=path,
                 how="shared" if index in shared else "copy",
                 exists=looked.kind not in {"missing", "denied"},
-                refusal=_refusal(looked, wanted_here=index in shared),
+                refusal=_refusal(looked, wanted_here=index in shared) or _placeless(offer, path, own=own or index in shared),
                 same=same,
                 format=None if same else looked.magic,
                 needed_bytes=room[index].needed_bytes if index in room else 0,
@@ -153,6 +153,13 @@ def _refusal(looked: FileFacts, *, wanted_here: bool) -> str:
     if looked.refusal is not None and (wanted_here or looked.kind != "file"):
         return looked.refusal
     return "permission denied" if looked.kind == "denied" else ""
+
+
+def _placeless(offer: Offer, path: str, *, own: bool) -> str:
+    """Why the image of a machine at rest cannot be put where it is to be. For others a directory is made."""
+    if own or offer.state != "stopped" or Path(path).parent.is_dir():
+        return ""
+    return f"there is no directory {Path(path).parent}"
 
 
 def _inode(mark: FileMark) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Whether a machine can go where it is to go, found out at its source: the facts of both sides, compared, and what it would take.
 
-Nothing of the machine is changed by it: its QEMU is asked, and compares samples of its memory for a second.
+Nothing of the machine is changed by it: its QEMU is asked, and compares samples of its memory for a second. Of a machine at rest only
+files are looked at.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ import msgspec
 
 from qmpd.errors import CannotMove, PeerError
 from qmpd.jobs import Report
-from qmpd.lifecycle import State
 from qmpd.machine import Machine
 from qmpd.migration.comparison import accepted, compared, possible
 from qmpd.migration.delivery import insisted
 from qmpd.migration.fingerprints import Fingerprints
-from qmpd.migration.likeness import DestinationFacts, SourceDisk, SourceFacts
-from qmpd.migration.prediction import predicted
+from qmpd.migration.likeness import DestinationFacts, MachineFacts, SourceDisk, SourceFacts
+from qmpd.migration.prediction import predicted, predicted_at_rest
 from qmpd.migration.premises import forwarded, needed_bytes
 from qmpd.migration.protocol import VERSION, Offer
 from qmpd.migration.shipping import Shipping
@@ -56,7 +56,7 @@ class Rehearsals:
         """
         await report(Progress(phase="the destination tries it"))
         offer, _ = await self._shipping.offer(machine, request, secrets.token_hex(8))
-        async with alongside(_changing_mib_s(machine), f"dirty-rate:{machine.name}") as changing:
+        async with alongside(_changing_mib_s(machine, offer), f"dirty-rate:{machine.name}") as changing:
             there = await insisted(lambda: link.tried(offer))
             here = await self._facts(machine, offer, there)
             await report(Progress(phase="the way is measured"))
@@ -73,7 +73,7 @@ class Rehearsals:
     async def checked(
         self, machine: Machine, request: MigrateRequest, offer: Offer, there: DestinationFacts | None
     ) -> tuple[MigrationFinding, ...]:
-        """What is worth knowing of a machine whose QEMU at the destination waits for it.
+        """What is worth knowing of a machine that the destination waits for.
 
         Raises:
             CannotMove: something is in the way that nobody took upon himself.
@@ -87,16 +87,13 @@ class Rehearsals:
             raise CannotMove(f"machine {machine.name!r} cannot be moved: {errors[0]}{more}", findings=msgspec.to_builtins(findings))
         return findings
 
-    async def _facts(self, machine: Machine, offer: Offer, there: DestinationFacts) -> SourceFacts:
+    async def _facts(self, machine: Machine, offer: Offer, there: DestinationFacts) -> MachineFacts:
         spec, how = offer.spec, {disk.index: disk.how for disk in there.disks}
-        return SourceFacts(
+        facts = MachineFacts(
             name=spec.name,
             uuid=offer.uuid,
             macs=tuple(nic.mac for nic in spec.nics if nic.mac is not None),
-            works=machine.board.migration if machine.board is not None else "untested",
-            alias=machine.definition.spec.machine or "",
             protocol=VERSION,
-            qemu=await surveyed(machine.session),
             firmware=await asyncio.to_thread(self._fingerprints.of, spec),
             disks=tuple(
                 SourceDisk(
@@ -108,21 +105,29 @@ class Rehearsals:
                 for wanted in offer.disks
             ),
             forwards=forwarded(spec),
+        )
+        if offer.state == "stopped":
+            return facts
+        return SourceFacts(
+            **msgspec.structs.asdict(facts),
+            works=machine.board.migration if machine.board is not None else "untested",
+            alias=machine.definition.spec.machine or "",
+            qemu=await surveyed(machine.session),
             channels=offer.channels,
             postcopy=offer.postcopy,
             bitmaps=offer.bitmaps,
         )
 
 
-async def _changing_mib_s(machine: Machine) -> float | None:
+async def _changing_mib_s(machine: Machine, offer: Offer) -> float | None:
     """How much memory the guest changes per second; a guest that stands still changes none."""
-    return 0.0 if machine.state is State.PAUSED else await dirty_mib_s(machine.session)
+    return await dirty_mib_s(machine.session) if offer.state == "running" else 0.0
 
 
 async def _predicted(
     link: PeerDaemon,
     request: MigrateRequest,
-    here: SourceFacts,
+    here: MachineFacts,
     there: DestinationFacts,
     offer: Offer,
     changing: asyncio.Task[float | None],
@@ -133,6 +138,10 @@ async def _predicted(
         speed = await way_mib_s(link)
     except PeerError:
         return None
+    if not isinstance(here, SourceFacts):
+        left = {f"disk-{disk.index}" for disk in there.disks if disk.how == "shared"}
+        coming = sum(parcel.allocated for parcel in offer.parcels if parcel.item not in left)
+        return predicted_at_rest(sent_bytes=coming, bandwidth_mib_s=speed, goal=request.goal)
     copied = {disk.index for disk in there.disks if disk.how == "copy"}
     return predicted(
         memory_bytes=here.qemu.memory_bytes,

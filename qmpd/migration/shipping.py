@@ -25,7 +25,7 @@ from qmpd.migration.addresses import Address, TcpAddress, UnixAddress
 from qmpd.migration.belongings import announced
 from qmpd.migration.bitmaps import Bitmap, bitmaps, check_movable
 from qmpd.migration.capabilities import Agreed
-from qmpd.migration.consignment import packed
+from qmpd.migration.consignment import check_formats, packed, sizes_at_rest
 from qmpd.migration.convergence import Abilities, Abort, Decision, Pause, Postcopy, Set, Tuner, opening, unattainable
 from qmpd.migration.ledger import Entry
 from qmpd.migration.measuring import sample_of
@@ -220,6 +220,7 @@ class Shipping:
         """The offer of a machine of which there are only files."""
         definition = machine.definition
         disks = await self._disks(machine, request)
+        check_formats(definition.spec, disks)
         left = [disk.index for disk in disks if disk.how == "shared" and isinstance(definition.spec.disks[disk.index], ImageDisk)]
         return Offer(
             protocol=VERSION,
@@ -240,7 +241,8 @@ class Shipping:
         spec = machine.definition.spec
         paths = [disk_path(spec, self._paths(machine.name), index) for index in range(len(spec.disks))]
         marks = await asyncio.to_thread(lambda: [mark_of(path) for path in paths])
-        sizes = await _sizes(machine) if paths and machine.state not in AT_REST else {}
+        at_rest = machine.state in AT_REST
+        sizes = await (asyncio.to_thread(sizes_at_rest, spec, paths) if at_rest else _sizes(machine)) if paths else {}
         chosen = {choice.disk: choice for choice in request.disks}
         offers = []
         for index, mark in enumerate(marks):
@@ -250,7 +252,7 @@ class Shipping:
                 DiskOffer(
                     index=index,
                     how="shared" if is_read_only(spec.disks[index]) else how,
-                    virtual_bytes=sizes.get(paths[index], (mark.size if mark is not None else 0, 0))[0],
+                    virtual_bytes=sizes.get(paths[index], (0, 0))[0],
                     used_bytes=sizes.get(paths[index], (0, 0))[1],
                     mark=mark,
                     path=choice.path if choice is not None else None,

@@ -94,9 +94,9 @@ class Departures:
         departure.hold()
         try:
             machine.require(MOVABLE, "migrate")
-            if machine.state in AT_REST:
-                await self._registry.check_free(machine)
             offer, before = await self._shipping.offer(machine, request, departure.migration)
+            if offer.state == "stopped":
+                await self._registry.check_free(machine)
             entry = await self._ledger.begin(_first(offer, before, peer.name))
         except BaseException:
             departure.release()

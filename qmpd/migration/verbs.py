@@ -22,7 +22,7 @@ from qmpd.migration.premises import Premises
 from qmpd.migration.protocol import Acceptance, Channel, DiscardRequest, Endpoint, Handover, Landed, LoadedRequest, Offer, Standing
 from qmpd.migration.reception import Reception
 from qmpd.migration.rehearsal import Rehearsals
-from qmpd.migration.shipping import LIVE, NO_POSTCOPY, Shipping
+from qmpd.migration.shipping import NO_POSTCOPY, Shipping
 from qmpd.migration.source import MOVABLE, Departures
 from qmpd.migration.trial import Trials
 from qmpd.migration.tunnel import Meter, Near
@@ -112,7 +112,7 @@ class Migration:
         machine = self._registry.get(name)
         self._peering.peers.receiver(request.peer)
         machine.definition.check_owned()
-        machine.require(LIVE if request.dry_run else MOVABLE, "try" if request.dry_run else "migrate")
+        machine.require(MOVABLE, "migrate")
         work = self._departures.rehearse if request.dry_run else self._departures.migrate
         kind = "migrate-dry-run" if request.dry_run else "migrate"
         return await self._jobs.begin_reporting(kind, name, lambda report: work(machine, request, report))

@@ -58,12 +58,14 @@ class Wondering:
                 await asyncio.sleep(AGAIN_S)
 
     async def _has_ended(self, arrival: Arrival) -> bool:
-        """Whether the QEMU that waited has ended, or does so before the source is to be asked. A machine at rest has none."""
+        """Whether the QEMU that waited has ended, or does so before the source is to be asked. A machine at rest has none: there it is only
+        waited until it is decided."""
         if not self._ledger.get(arrival.migration).at_rest:
             return await arrival.machine.until(AT_REST, ASK_S)
         with suppress(TimeoutError):
             async with asyncio.timeout(ASK_S):
-                await arrival.changed.wait()
+                while self._ledger.get(arrival.migration).phase in UNOWNED:
+                    await arrival.changed.wait()
         return False
 
     async def _heed(self, arrival: Arrival, found: Standing) -> None:

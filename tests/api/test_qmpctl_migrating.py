@@ -348,7 +348,11 @@ def test_a_host_is_drained_to_its_peers_in_turn(daemon: StandIn, capsys: pytest.
 def test_what_does_not_run_is_drained_as_well(daemon: StandIn) -> None:
     daemon.answers["GET /v1/machines"] = machines(machine("lab", State.STOPPED))
     moving(daemon, ended(REPORT))
-    assert (run(["drain", "hostb", "--all"]), run(["drain", "hostb", "--all", "--dry-run"])) == (Exit.OK, Exit.USAGE)
+    assert run(["drain", "hostb", "--all"]) == Exit.OK
+    moving(daemon, ended(DryRunReport(machine="lab", peer="hostb", possible=True)))
+    assert run(["drain", "hostb", "--all", "--dry-run"]) == Exit.OK
+    bodies = [asked.body for asked in daemon.asked if asked.route.endswith("/migrate")]
+    assert [body["dry_run"] for body in bodies if isinstance(body, dict)] == [False, True]
 
 
 def test_what_one_peer_does_not_take_another_one_may(daemon: StandIn, capsys: pytest.CaptureFixture[str]) -> None:

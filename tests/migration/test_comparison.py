@@ -21,6 +21,7 @@ from qmpd.migration.likeness import (
     DriveFacts,
     FirmwareFile,
     HostPort,
+    MachineFacts,
     Obstacle,
     PciFacts,
     QemuFacts,
@@ -76,7 +77,7 @@ ARRIVAL = DestinationFacts(
 Found = tuple[Severity, str]
 
 
-def codes(departure: SourceFacts = DEPARTURE, arrival: DestinationFacts = ARRIVAL) -> list[Found]:
+def codes(departure: MachineFacts = DEPARTURE, arrival: DestinationFacts = ARRIVAL) -> list[Found]:
     return [(finding.severity, finding.code) for finding in compared(departure, arrival)]
 
 
@@ -344,3 +345,38 @@ def test_every_finding_is_explained() -> None:
     assert len(known) > 40
     assert not {code for code in known if f"`{code}`" not in text}
     assert not {code for code in ACCEPTABLE if not re.search(rf"^\| `{code}` .*\| yes \|$", text, re.MULTILINE)}
+
+
+AT_REST = MachineFacts(
+    name="web",
+    uuid=DEPARTURE.uuid,
+    macs=DEPARTURE.macs,
+    protocol=1,
+    firmware=(FIRMWARE,),
+    disks=DEPARTURE.disks,
+    forwards=(PORT,),
+)
+#: Nobody has started a QEMU there.
+UNTRIED = replace(ARRIVAL, qemu=None)
+
+OTHER_REST: Final[dict[str, tuple[MachineFacts, DestinationFacts, list[Found]]]] = {
+    "all alike": (AT_REST, UNTRIED, []),
+    "another qemu": (AT_REST, there(version=(6, 2, 0), machine="pc-q35-7.1", cpu=cpu(count=9), memory_bytes=1), []),
+    "no start": (AT_REST, replace(UNTRIED, obstacles=(Obstacle(message="a"),)), [("error", "cannot-start")]),
+    "little memory": (AT_REST, replace(UNTRIED, free_memory_mib=1), []),
+    "protocol": (AT_REST, replace(UNTRIED, protocols=()), [("error", "protocol-differs")]),
+    "name": (AT_REST, replace(UNTRIED, name_taken=True), [("error", "name-taken")]),
+    "port": (AT_REST, replace(UNTRIED, ports_taken=(PORT,)), [("warning", "port-taken")]),
+    "limit": (AT_REST, replace(UNTRIED, limits_unkept={"": "no cgroup"}), [("error", "limit-unkept")]),
+    "another disk": (AT_REST, replace(UNTRIED, disks=(replace(SHARED, same=False),)), [("error", "disk-not-shared")]),
+    "firmware missing": (AT_REST, replace(UNTRIED, firmware=()), [("error", "firmware-missing")]),
+    "firmware of another size": (replace(AT_REST, firmware=(replace(FIRMWARE, bytes=7),)), UNTRIED, [("warning", "firmware-differs")]),
+    "other firmware": (replace(AT_REST, firmware=(replace(FIRMWARE, sha256="bb"),)), UNTRIED, [("warning", "firmware-differs")]),
+    "template": (replace(AT_REST, firmware=(replace(FIRMWARE, role="firmware.vars"),)), UNTRIED, [("warning", "template-missing")]),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_REST)
+def test_of_a_machine_at_rest_only_what_its_next_start_needs_is_compared(case: str) -> None:
+    departure, arrival, expected = OTHER_REST[case]
+    assert codes(departure, arrival) == expected

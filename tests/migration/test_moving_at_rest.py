@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import socket
 from pathlib import Path
 
 import msgspec
@@ -14,12 +15,12 @@ from qmpd import segments
 from qmpd.errors import Held, WrongState
 from qmpd.failpoint import arm
 from qmpd.lifecycle import State
-from qmpd.migration import delivery
+from qmpd.migration import delivery, wondering
 from qmpd.migration.extents import allocated
-from qmpd.migrationviews import MigrateRequest
-from qmpd.spec import BlankDisk
+from qmpd.migrationviews import DryRunReport, MigrateRequest
+from qmpd.spec import BlankDisk, Forward, UserNic
 from qmpd.views import JobView, StartRequest
-from tests.api.lab import Daemon
+from tests.api.lab import Daemon, port
 from tests.guests.build import Guest
 from tests.guests.trace import check_trace
 from tests.machines import copy_of, spec_of
@@ -56,11 +57,10 @@ def choice_of(path: Path, disk: int = 0) -> dict[str, object]:
     return {"disk": disk, "how": "copy", "path": str(path)}
 
 
-async def made(there: Daemon, directory: Path, guest: Guest) -> tuple[bytes, bytes]:
+async def made(there: Daemon, directory: Path, guest: Guest, **changes: object) -> tuple[bytes, bytes]:
     """A machine that has run, with a disk that qmpd made, full of something, and the guest's own; what is in both."""
-    await there.service.create(
-        spec_of(guest, "rest", disks=(*spec_of(guest, "rest").disks, BlankDisk(size_mib=64, format="raw"))), start=True
-    )
+    disks = (*spec_of(guest, "rest").disks, BlankDisk(size_mib=64, format="raw"), BlankDisk(size_mib=8))
+    await there.service.create(spec_of(guest, "rest", disks=disks, **changes), start=True)
     await printed(there, "rest", 300)
     await there.service.stop("rest")
     own = directory / there.name / "s/machines/rest/disk1.raw"
@@ -82,7 +82,7 @@ async def test_all_of_a_machine_at_rest_moves_and_nobody_starts_it(short_directo
         assert allocated(str(there)) < 4 * MIB
         assert await log_of(b, "rest") == log
         assert arriving(short_directory) == []
-        assert [(disk.disk, disk.how) for disk in report.disks] == [(0, "copied"), (1, "copied")]
+        assert [(disk.disk, disk.how) for disk in report.disks] == [(0, "copied"), (1, "copied"), (2, "copied")]
         assert report.transferred_bytes < 8 * MIB
         assert report.epoch == 1
         assert b.service.definition("rest").spec.disks[0].path == str(target)  # type: ignore[union-attr]
@@ -176,6 +176,141 @@ async def test_it_is_held_meanwhile_and_can_be_kept(short_directory: Path, count
         await a.service.kill("rest")
 
 
+async def tried(source: Daemon, **request: object) -> DryRunReport:
+    """What a dry run of the machine found; nothing of it may be left, and nothing be in anybody's way."""
+    wanted = msgspec.convert({"peer": "b", "dry_run": True, **request}, MigrateRequest)
+    before = source.service.migration.list()
+    job = await ended(source, await source.service.migration.migrate("rest", wanted))
+    assert job.state == "succeeded", job.error
+    view = source.service.machine("rest")
+    assert (view.state, view.operation) == (State.STOPPED, None)
+    assert source.service.migration.list() == before
+    return msgspec.convert(job.result, DryRunReport)
+
+
+def found_in(report: DryRunReport, severity: str = "error") -> list[tuple[str, str]]:
+    return [(finding.code, finding.path) for finding in report.findings if finding.severity == severity]
+
+
+async def test_a_dry_run_says_what_would_be_sent_and_for_how_long(short_directory: Path, counting: Guest) -> None:
+    async with pair(short_directory) as (a, b):
+        await made(a, short_directory, counting)
+        target = short_directory / "there.raw"
+        report = await tried(a, disks=[choice_of(target)])
+        assert (report.possible, report.findings) == (True, ())
+        prediction = report.prediction
+        assert prediction is not None
+        assert (prediction.memory_bytes, prediction.dirty_mib_s, prediction.downtime_ms) == (0, None, None)
+        assert 2 * MIB < prediction.disk_bytes < 16 * MIB  # of 64 MiB and more most are holes
+        assert prediction.total_s is not None
+        assert "MiB are to be sent" in prediction.explanation
+        shared = (await tried(a)).prediction
+        assert shared is not None
+        assert shared.disk_bytes < prediction.disk_bytes
+        late = await tried(a, goal={"bandwidth_mib_s": 1, "deadline_s": 1, "then": "abort"}, disks=[choice_of(target)])
+        assert late.prediction is not None
+        assert not late.prediction.reachable
+        assert "the machine would stay" in late.prediction.explanation
+        assert not target.exists()
+        assert arriving(short_directory) == []
+        assert known(b, "rest") is None
+        assert list((short_directory / "b/s/machines").glob("*")) == []
+        assert b.service.migration.list().migrations == ()
+        await moved(a, "rest", "b", disks=[choice_of(target)])
+
+
+async def test_a_dry_run_finds_what_a_move_would_be_refused_for(
+    short_directory: Path, counting: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "OFFER_DEADLINE_S", 0.0)
+    async with pair(short_directory) as (a, b):
+        with port() as (listener, number):
+            listener.close()
+        image, own = await made(a, short_directory, counting, nics=(UserNic(forwards=(Forward(guest_port=22, host_port=number),)),))
+        assert image
+        assert own
+        taken = short_directory / "taken.raw"
+        taken.write_bytes(b"somebody's")
+        nowhere = short_directory / "nowhere" / "x.raw"
+        for request, expected in (
+            ({"disks": [choice_of(taken)]}, [("disk-target-exists", "$.disks[0]")]),
+            ({"disks": [choice_of(nowhere)]}, [("disk-refused", "$.disks[0]")]),
+            ({"storage": "copy"}, [("disk-is-shared", "$.disks[0]")]),
+        ):
+            report = await tried(a, **request)
+            assert (report.possible, found_in(report)) == (False, expected)
+            await refused(a, **request)
+        wrong = msgspec.convert({"peer": "b", "dry_run": True, "disks": [choice_of(taken) | {"format": "qcow2"}]}, MigrateRequest)
+        job = await ended(a, await a.service.migration.migrate("rest", wrong))
+        assert job.error is not None
+        assert (job.error["code"], "format" in str(job.error["message"])) == ("cannot_move", True)
+        assert not nowhere.parent.exists()
+        with socket.create_server(("127.0.0.1", number)):
+            report = await tried(a)
+            assert (report.possible, found_in(report, "warning")) == (True, [("port-taken", "$.nics")])
+            done = await moved(a, "rest", "b")
+            assert ("warning", "port-taken") in [(finding.severity, finding.code) for finding in done.findings]
+        assert b.service.machine("rest").state is State.STOPPED
+
+
+async def test_it_stays_at_its_deadline_if_that_was_asked_for(short_directory: Path, counting: Guest) -> None:
+    async with pair(short_directory) as (a, b):
+        await made(a, short_directory, counting)
+        goal = {"bandwidth_mib_s": 1, "deadline_s": 1, "then": "abort"}
+        assert "within 1 s" in str((await refused(a, goal=goal)).error)
+        await gone(b, "rest")
+        goal["then"] = "pause"
+        assert (await moved(a, "rest", "b", goal=goal)).owner == "destination"
+
+
+async def test_it_is_started_or_moved_and_never_both(short_directory: Path, counting: Guest) -> None:
+    async with pair(short_directory) as (a, b):
+        await made(a, short_directory, counting)
+        request = MigrateRequest(peer="b")
+        job, begun = await asyncio.gather(
+            a.service.migration.migrate("rest", request), a.service.start("rest", StartRequest()), return_exceptions=True
+        )
+        assert isinstance(job, JobView)
+        job = await ended(a, job)
+        if job.state == "succeeded":  # the machine that runs may have been moved as well: then as one that runs
+            there = b.service.machine("rest").state
+            assert there is (State.STOPPED if isinstance(begun, BaseException) else State.RUNNING)
+            assert known(a, "rest") is None
+        else:
+            assert not isinstance(begun, BaseException)
+            assert a.service.machine("rest").state is State.RUNNING
+            await gone(b, "rest")
+        owner, other = (b, a) if job.state == "succeeded" else (a, b)
+        if owner.service.machine("rest").state is State.RUNNING:
+            await owner.service.kill("rest")
+        second = "a" if owner is b else "b"
+        both = await asyncio.gather(
+            *(owner.service.migration.migrate("rest", MigrateRequest(peer=second)) for _ in range(2)), return_exceptions=True
+        )
+        jobs = [await ended(owner, one) for one in both if isinstance(one, JobView)]
+        assert [one.state for one in jobs].count("succeeded") == 1
+        assert (known(owner, "rest"), other.service.machine("rest").state) == (None, State.STOPPED)
+
+
+async def test_a_machine_that_was_lost_to_its_source_leaves_nothing_when_it_is_discarded(short_directory: Path, counting: Guest) -> None:
+    """All of it was there, and its directory had lost the mark of what is not finished."""
+    async with pair(short_directory) as (a, b):
+        image, _ = await made(a, short_directory, counting)
+        target = short_directory / "there.raw"
+        arm("ownership-give:error")
+        report = await refused(a, disks=[choice_of(target)])
+        arm("")
+        assert report.error is not None
+        await gone(b, "rest")
+        async with asyncio.timeout(HUNG_S):
+            while (short_directory / "b/s/machines/rest").exists() or arriving(short_directory):
+                await asyncio.sleep(LOOK_S)
+        assert not target.exists()
+        assert phase_at(b) == "discarded"
+        await moved(a, "rest", "b", disks=[choice_of(target)])  # its name and its place are free again
+        assert target.read_bytes() == image
+
+
 @pytest.mark.parametrize(
     ("point", "who", "phases", "moves"),
     [
@@ -190,8 +325,9 @@ async def test_it_is_held_meanwhile_and_can_be_kept(short_directory: Path, count
     ],
 )
 async def test_a_daemon_that_is_restarted_settles_it(
-    short_directory: Path, counting: Guest, point: str, who: str, phases: tuple[str, str], moves: bool
+    short_directory: Path, counting: Guest, monkeypatch: pytest.MonkeyPatch, point: str, who: str, phases: tuple[str, str], moves: bool
 ) -> None:
+    monkeypatch.setattr(wondering, "ASK_S", HUNG_S)  # the destination finds out by itself else
     async with hosts(short_directory) as both:
         a, b = both.daemons["a"], both.daemons["b"]
         image, own = await made(a, short_directory, counting)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmpd.migration.convergence import OVERHEAD_MS, Abilities, Tuner, opening
-from qmpd.migration.prediction import predicted
+from qmpd.migration.prediction import predicted, predicted_at_rest
 from qmpd.migrationviews import Goal, Prediction, Then
 from tests.migration.modelled import MIB, ModelQemu, Run, steady
 
@@ -78,6 +78,21 @@ def test_what_was_not_measured_is_not_said() -> None:
 
 def test_a_guest_that_changes_nothing_has_no_downtime_but_the_handing_over() -> None:
     assert prediction(dirty_mib_s=0).downtime_ms == OVERHEAD_MS
+
+
+def test_of_a_machine_at_rest_its_bytes_say_how_long_it_takes() -> None:
+    found = predicted_at_rest(sent_bytes=512 * MIB, bandwidth_mib_s=100, goal=Goal(bandwidth_mib_s=50, deadline_s=5))
+    assert (found.memory_bytes, found.disk_bytes, found.bandwidth_mib_s) == (0, 512 * MIB, 50)
+    assert found.total_s == pytest.approx(10.24)
+    assert (found.downtime_ms, found.dirty_mib_s, found.reachable) == (None, None, True)
+    assert found.explanation == "512.0 MiB are to be sent, and 50.0 MiB/s go over: it takes about 10 s"
+
+
+def test_a_machine_at_rest_stays_at_its_deadline_if_that_was_asked_for() -> None:
+    found = predicted_at_rest(sent_bytes=512 * MIB, bandwidth_mib_s=50, goal=Goal(deadline_s=5, then="abort"))
+    assert not found.reachable
+    assert "and 5 s are allowed; after 5 s the machine would stay" in found.explanation
+    assert predicted_at_rest(sent_bytes=100 * MIB, bandwidth_mib_s=50, goal=Goal(deadline_s=5, then="abort")).reachable
 
 
 @given(dirty=st.floats(0, 60), memory=st.integers(64, 4096), limit=st.integers(2 * OVERHEAD_MS, 2000))

@@ -17,7 +17,7 @@ from qmpd.facts import FileFacts
 from qmpd.plan import BlankImage, Copy
 from qmpd.runlock import LOCK_NAME
 from qmpd.spec import MachineSpec
-from qmpd.storage import examine, make, make_place, mark_finished, paths_of, remove_machine_files
+from qmpd.storage import examine, guest_bytes, make, make_place, mark_finished, paths_of, remove_machine_files
 from tests.process.emulator import names
 from tests.unit.toy import spec_of
 
@@ -80,6 +80,16 @@ def test_an_image_that_needs_anything_but_itself_is_refused(tmp_path: Path, head
     (tmp_path / "image").write_bytes(header)
     refusal = facts_of(tmp_path / "image").refusal
     assert refusal is None if reason is None else reason in (refusal or "")
+
+
+def test_what_a_guest_sees_of_an_image_is_in_its_header_or_is_all_of_it(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(qcow2()[:24] + (5 << 30).to_bytes(8, "big") + qcow2()[32:])
+    assert (guest_bytes(str(image), "qcow2"), guest_bytes(str(image), "raw")) == (5 << 30, 104)
+    image.write_bytes(bytes(512))
+    assert guest_bytes(str(image), "qcow2") == 512
+    with pytest.raises(FileNotFoundError):
+        guest_bytes(str(tmp_path / "none"), "qcow2")
 
 
 def test_a_header_that_is_cut_off_hides_no_backing_file(tmp_path: Path) -> None:
