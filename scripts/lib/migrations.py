@@ -28,11 +28,14 @@ from tests.machines import spec_of
 from tests.migration.crashes import HARMS, PROMISED, Case, Verdict, crossed, said, suffered, survey
 from tests.migration.hosts import hosts
 from tests.migration.network import NoNetworks
+from tests.migration.resting import HARMS_AT_REST, suffered_at_rest, survey_at_rest
 from tests.migration.traveller import Broken
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 #: Boots at once, and costs little.
 GUEST: Final = "x86_64-microvm"
+#: Has a disk to take along.
+GUEST_AT_REST: Final = "x86_64-q35"
 #: Of each daemon's log, when something was broken.
 LOG_LINES: Final = 60
 
@@ -50,22 +53,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _matrix(options: argparse.Namespace) -> int:
-    guest = (await asyncio.to_thread(build_all, ROOT / ".cache" / "guests"))[GUEST]
+    guest = (await asyncio.to_thread(build_all, ROOT / ".cache" / "guests"))[GUEST_AT_REST if options.at_rest else GUEST]
+    harms = options.harms or (HARMS_AT_REST if options.at_rest else PROMISED)
     verdicts: list[Verdict] = []
     async with hosts() as world:
         await world.start()
-        points = await survey(world, spec_of(guest, "survey"), everything=options.everything)
+        if options.at_rest:
+            points = await survey_at_rest(world, guest, everything=options.everything)
+        else:
+            points = await survey(world, spec_of(guest, "survey"), everything=options.everything)
         chosen = [point for point in points if re.search(options.points, str(point))]
-        say(f"migrations: {len(points)} points on the way, {len(chosen)} of them with {', '.join(options.harms)}")
-        for number, case in enumerate(crossed(chosen, options.harms)):
-            verdicts.append(await suffered(world, spec_of(guest, f"m{number}"), case))
+        say(f"migrations: {len(points)} points on the way, {len(chosen)} of them with {', '.join(harms)}")
+        for number, case in enumerate(crossed(chosen, harms)):
+            if options.at_rest:
+                verdicts.append(await suffered_at_rest(world, guest, f"m{number}", case))
+            else:
+                verdicts.append(await suffered(world, spec_of(guest, f"m{number}"), case))
             _tell(verdicts[-1])
             if verdicts[-1].broken:
                 say(said(world, LOG_LINES))
     if options.json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(verdicts), indent=2).decode() + "\n")
     else:
-        sys.stdout.write(table(verdicts, options.harms))
+        sys.stdout.write(table(verdicts, harms))
     return 1 if any(verdict.broken for verdict in verdicts) else 0
 
 
@@ -116,7 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scripts/migrations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     proofs = parser.add_subparsers(dest="proof", required=True, metavar="PROOF")
     matrix = proofs.add_parser("matrix", help="every crash point")
-    matrix.add_argument("--harms", nargs="+", choices=list(HARMS), default=list(PROMISED), metavar="HARM", help=f"of {', '.join(HARMS)}")
+    matrix.add_argument("--harms", nargs="+", choices=list(HARMS), metavar="HARM", help=f"of {', '.join(HARMS)}")
+    matrix.add_argument("--at-rest", action="store_true", help="of a machine that does not run, and moves as files")
     matrix.add_argument("--points", default="", metavar="REGEX", help="only points whose name this fits, like 'source ownership'")
     matrix.add_argument("--everything", action="store_true", help="at all failpoints there are, not those of migrations alone")
     soak = proofs.add_parser("soak", help="back and forth under load")

@@ -125,19 +125,26 @@ LASTING: Final = {"link-cut": CUT_S, "link-flap": FLAP_S, "deaf-source": CUT_S, 
 
 
 async def survey(world: Hosts, spec: MachineSpec, storage: Storage = "auto", *, everything: bool = False) -> list[Point]:
-    """Every point that a migration passes: both daemons stop at each failpoint, and are sent on. Leaves the hosts as they were."""
-    names = [name for name in CATALOGUE if everything or name.startswith(OF_MIGRATION)]
+    """Every point that a migration passes. Leaves the hosts as they were."""
     machine = Traveller(world, spec)
     await machine.begin(world[0])
     await machine.grown(world[0], PRINTED)
     sides = Sides(source=world[0], destination=world[1], machine=machine)
+    points = await passed(sides, MigrateRequest(peer=world[1].name, storage=storage), everything=everything)
+    await removed(machine)
+    return points
+
+
+async def passed(sides: Sides, request: MigrateRequest, *, everything: bool = False) -> list[Point]:
+    """Every point that this migration passes, which must end well: both daemons stop at each failpoint, and are sent on."""
+    world, machine = sides.machine.world, sides.machine
+    names = [name for name in CATALOGUE if everything or name.startswith(OF_MIGRATION)]
     begun = {host.name: len(host.log()) for host in world.each}
-    for host in world.each:
-        await host.restart(",".join(f"{name}:stop" for name in names if name != "database-migrate"))
-    thawing = asyncio.create_task(_thawed(world), name="thawing")
+    thawing = asyncio.create_task(_thawed(world), name="thawing")  # a daemon may come by one before it answers
     try:
-        job = await asked(sides, storage)
-        await ended(sides, job)
+        for host in world.each:
+            await host.restart(",".join(f"{name}:stop" for name in names if name != "database-migrate"))
+        await ended(sides, await asked(sides, request))
         await machine.at_home()
     finally:
         thawing.cancel()
@@ -151,7 +158,6 @@ async def survey(world: Hosts, spec: MachineSpec, storage: Storage = "auto", *, 
             points.append(Point(side=side, failpoint=name, number=counts[name]))
     for host in world.each:
         await host.restart()
-    await _removed(machine)
     return points
 
 
@@ -164,27 +170,28 @@ async def suffered(world: Hosts, spec: MachineSpec, case: Case, storage: Storage
     try:
         await machine.begin(sides.source)
         await machine.grown(sides.source, PRINTED)
-        reached = await _struck(sides, case, storage)
-        await _whole(world)
+        reached = await struck(sides, case, MigrateRequest(peer=sides.destination.name, storage=storage))
+        await made_whole(world)
         end, broken = await _judged(sides, case)
     except Broken as error:
         broken = [str(error)]
     finally:
-        await _whole(world)
+        await made_whole(world)
     broken += await asyncio.to_thread(machine.twice)
     with contextlib.suppress(Broken, QmpdError):
-        await _removed(machine)
+        await removed(machine)
     return Verdict(case=case, reached=reached, end=end, broken=tuple(broken))
 
 
-async def _struck(sides: Sides, case: Case, storage: Storage) -> bool:
+async def struck(sides: Sides, case: Case, request: MigrateRequest, *, runs: bool = True) -> bool:
     """The migration, and the harm at its moment, until the time comes to make things whole again."""
     host = sides.of(case.point.side)
     await sides.machine.world.other(host).armed("")
     await host.armed(f"{case.point.failpoint}:stop@{case.point.number}")
-    async with sides.source.client() as client:  # a daemon answers before it has taken its machines over
-        await client.wait(sides.machine.name, [State.RUNNING], PATIENCE_S)
-    asking = asyncio.create_task(_tried(sides, storage), name="asking")
+    if runs:  # a daemon answers before it has taken its machines over
+        async with sides.source.client() as client:
+            await client.wait(sides.machine.name, [State.RUNNING], PATIENCE_S)
+    asking = asyncio.create_task(_tried(sides, request), name="asking")
     try:
         if not await _stopped(host, asking, sides):
             return False
@@ -235,7 +242,7 @@ async def _judged(sides: Sides, case: Case) -> tuple[str, list[str]]:
     return end, broken
 
 
-async def _whole(world: Hosts) -> None:
+async def made_whole(world: Hosts) -> None:
     """The line is healed; every daemon runs, without failpoints."""
     await asyncio.to_thread(world.network.heal)
     for host in world.each:
@@ -244,7 +251,8 @@ async def _whole(world: Hosts) -> None:
             await host.start()
 
 
-async def _removed(machine: Traveller) -> None:
+async def removed(machine: Traveller) -> None:
+    """Ends and deletes it wherever it is known."""
     for host in machine.world.each:
         async with host.client() as client:
             if any(view.name == machine.name for view in (await client.machines()).machines):
@@ -252,16 +260,16 @@ async def _removed(machine: Traveller) -> None:
                 await client.delete(machine.name)
 
 
-async def asked(sides: Sides, storage: Storage) -> JobView:
+async def asked(sides: Sides, request: MigrateRequest) -> JobView:
     """Has the source move the machine to the destination; the job."""
     async with sides.source.client() as client:
-        return await client.migrate(sides.machine.name, MigrateRequest(peer=sides.destination.name, storage=storage))
+        return await client.migrate(sides.machine.name, request)
 
 
-async def _tried(sides: Sides, storage: Storage) -> JobView | None:
+async def _tried(sides: Sides, request: MigrateRequest) -> JobView | None:
     """The job's end, or None where its daemon is no more."""
     try:
-        return await ended(sides, await asked(sides, storage))
+        return await ended(sides, await asked(sides, request))
     except QmpdError:
         return None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qmpd.migrationviews import MigrateRequest
 from qmpd.pki.directory import Pki
 from tests.guests.build import Guest
 from tests.machines import spec_of
@@ -45,7 +46,7 @@ async def test_a_scan_between_the_consent_and_the_peer_lets_the_peer_in(three: H
     await machine.begin(world[0])
     await machine.grown(world[0], PRINTED)
     await world[0].armed(READY)
-    asking = asyncio.create_task(asked(sides, "auto"), name="asking")
+    asking = asyncio.create_task(asked(sides, MigrateRequest(peer=world[1].name)), name="asking")
     assert await stopped(world[0]) is world[0]
     addresses = [(world[1].station.address, port) for port in await asyncio.to_thread(world[1].ports)]
     assert addresses

@@ -1,0 +1,63 @@
+"""Crash points that matter most of a machine at rest that moves, here; all of them: `scripts/migrations matrix --at-rest`."""
+
+from __future__ import annotations
+
+import pytest
+
+from scripts.lib import migrations
+from tests.guests.build import Guest
+from tests.migration.crashes import OF_MIGRATION, Case, Point, said
+from tests.migration.hosts import hosts
+from tests.migration.network import NoNetworks, unavailable
+from tests.migration.resting import HARMS_AT_REST, suffered_at_rest, survey_at_rest
+
+pytestmark = pytest.mark.qemu
+
+#: Around the commits that move the ownership, in the middle of a file, and where files get their names or lose them.
+POINTS = (
+    Point(side="source", failpoint="migration-performing-written", number=1),
+    Point(side="source", failpoint="ownership-give", number=1),
+    Point(side="source", failpoint="ownership-given", number=1),
+    Point(side="source", failpoint="files-remove", number=1),
+    Point(side="destination", failpoint="migration-file-write", number=2),
+    Point(side="destination", failpoint="migration-loaded-written", number=1),
+    Point(side="destination", failpoint="migration-file-placed", number=1),
+    Point(side="destination", failpoint="ownership-take", number=1),
+    Point(side="destination", failpoint="ownership-taken", number=1),
+)
+#: A case takes seconds; one of a cut line a few more.
+LIMIT_S = 1200
+MATRIX_LIMIT_S = 4 * 3600
+
+
+@pytest.mark.timeout(LIMIT_S)
+@pytest.mark.parametrize("harm", HARMS_AT_REST)
+async def test_a_machine_at_rest_is_somewhere_and_whole_whatever_dies(guests: dict[str, Guest], harm: str) -> None:
+    try:
+        async with hosts() as world:
+            await world.start()
+            for number, point in enumerate(POINTS[1::3] if harm == "link-flap" else POINTS):
+                verdict = await suffered_at_rest(world, guests[migrations.GUEST_AT_REST], f"m{number}", Case(point=point, harm=harm))
+                assert not verdict.broken, f"{verdict}\n{said(world, migrations.LOG_LINES)}"
+                assert verdict.reached
+    except NoNetworks as reason:
+        unavailable(reason)
+
+
+@pytest.mark.timeout(LIMIT_S)
+async def test_the_points_of_such_a_move_are_those_of_both_journals(guests: dict[str, Guest]) -> None:
+    try:
+        async with hosts() as world:
+            await world.start()
+            points = await survey_at_rest(world, guests[migrations.GUEST_AT_REST])
+    except NoNetworks as reason:
+        unavailable(reason)
+    assert {point for point in POINTS if point.failpoint.startswith(OF_MIGRATION)} <= set(points)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(MATRIX_LIMIT_S)
+def test_every_crash_point_at_rest(guests: dict[str, Guest], capsys: pytest.CaptureFixture[str]) -> None:
+    assert guests
+    status = migrations.main(["matrix", "--at-rest"])
+    assert status == 0, capsys.readouterr().out
