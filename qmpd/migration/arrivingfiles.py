@@ -94,6 +94,14 @@ class ArrivingFile:
         except OSError as error:
             raise trouble(error, self.target) from error
 
+    def secure(self) -> None:
+        """Returns when what is here outlives a crash of the host. Raises HostError, NoSpace."""
+        try:
+            sync(self.whole)
+            sync(self.target.parent)
+        except OSError as error:
+            raise trouble(error, self.whole) from error
+
     @property
     def whole(self) -> Path:
         """Where it lies: under the one name or the other."""

@@ -18,7 +18,7 @@ import msgspec
 from qmpd.access import Caller
 from qmpd.errors import AlreadyExists, Forbidden, HostError, NoSpace, NotFound, WrongState
 from qmpd.facts import MachinePaths
-from qmpd.migration.arrivingfiles import Arriving, ArrivingFile, ArrivingVariables
+from qmpd.migration.arrivingfiles import Arriving, ArrivingFile, ArrivingVariables, sync
 from qmpd.migration.consolelogs import ArrivingLog, settle_numbering
 from qmpd.migration.extents import fingerprint
 from qmpd.migration.items import Target, check_parcels, log_item, targets
@@ -178,9 +178,14 @@ class ItemDesk:
         return tuple(LogReceived(port=port, received=count) for port, count in zip(ports, received, strict=True))
 
     async def whole(self, delivery: Delivery) -> bool:
-        """Whether all of every file is here that was announced; of a log as much is here as there is."""
+        """Whether all of every file is here that was announced, and outlives a crash of the host: whoever sent them gives the machine away
+        next, and nobody compares them again. Of a log as much is here as there is.
+
+        Raises:
+            HostError, NoSpace: a file cannot be written for good.
+        """
         slots = [self._slot(delivery, item) for item, target in delivery.targets().items() if target.kind != "log"]
-        return await asyncio.to_thread(lambda: all(slot.arriving.received() == slot.size and _whole(slot) is not None for slot in slots))
+        return await asyncio.to_thread(_secured, slots)
 
     async def place(self, delivery: Delivery) -> None:
         """Gives everything its name: the machine is this host's. May be repeated.
@@ -242,9 +247,20 @@ async def _written(slot: _Slot, offset: int, data: bytes, end: int | None) -> in
 
 async def _digest(whole: Path) -> str | HostError:
     try:
+        # Here, where somebody waits for hours if he must: much may not be on the disk yet.
+        await undivided(asyncio.to_thread(sync, whole), f"sync:{whole}")
         return await fingerprint(str(whole))
     except OSError as error:
         return HostError(f"{whole} cannot be read again: {error}", path=str(whole))
+
+
+def _secured(slots: Sequence[_Slot]) -> bool:
+    if not all(slot.arriving.received() == slot.size and _whole(slot) is not None for slot in slots):
+        return False
+    for slot in slots:
+        if isinstance(slot.arriving, ArrivingFile):
+            slot.arriving.secure()
+    return True
 
 
 def _whole(slot: _Slot) -> Path | None:

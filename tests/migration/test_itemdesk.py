@@ -192,6 +192,27 @@ async def test_all_files_of_a_machine_at_rest_arrive(pair: Pair, short_directory
     assert segments.read(stem, 5, 100) == (1000, b"the en")
 
 
+async def test_what_is_said_to_be_whole_outlives_a_crash_of_the_host(rooms: Rooms, monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms.announce(Parcel(item="disk-1", size=3), Parcel(item="exit", size=2), Parcel(item="log-0", size=9))
+    forced: set[str] = set()
+    real = os.fsync
+
+    def seen(descriptor: int) -> None:
+        forced.add(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    await rooms.desk.put(as_peer(), MIGRATION, "disk-1", 0, b"abc")
+    assert not await rooms.desk.whole(rooms.delivery)
+    await rooms.desk.put(as_peer(), MIGRATION, "exit", 0, b"ok")
+    assert forced == set()
+    await rooms.desk.item(as_peer(), MIGRATION, "disk-1")  # with its digest
+    arriving = f"{rooms.image.parent}/.there.img.{MIGRATION}.arriving"
+    assert forced == {arriving}
+    assert await rooms.desk.whole(rooms.delivery)
+    assert forced == {arriving, str(rooms.image.parent), f"{rooms.own}/.last-exit.msgpack.{MIGRATION}.arriving", str(rooms.own)}
+
+
 async def test_a_log_that_is_settled_takes_what_is_missing_of_it(rooms: Rooms) -> None:
     rooms.announce(Parcel(item="log-0", size=0), live=True)
     assert (await rooms.desk.put(as_peer(), MIGRATION, "log-0", 0, b"first")).received == 5
