@@ -20,7 +20,7 @@ from qmpd.migration.phases import Step
 from qmpd.migration.protocol import Acceptance
 from qmpd.migration.rehearsal import Rehearsals
 from qmpd.migration.shipping import Shipment, Shipping, check_answered, moved
-from qmpd.migrationviews import MigrateRequest, MigrationFinding, MigrationReport, MovedDisk
+from qmpd.migrationviews import MigrateRequest, MigrationReport, MovedDisk
 from qmpd.peers import PeerDaemon
 from qmpd.registry import Registry
 from qmpd.settings import Peer
@@ -62,7 +62,7 @@ class Carriage:
         machine, offer = departure.machine, self._ledger.get(departure.migration).offer
         accepted = await insisted(lambda: link.offer(offer))
         check_answered(offer, accepted)
-        departure.findings = _together(await self._rehearsals.checked(machine, request, offer, accepted.facts), accepted.findings)
+        departure.findings = await self._rehearsals.checked(machine, request, offer, accepted.facts)
         entry = await self._ledger.step(departure.migration, Step.ACCEPTED)
         if entry.at_rest:
             return await self._files(departure, entry, link, accepted, request, report)
@@ -182,9 +182,3 @@ class _Files:
             findings=departure.findings,
             disks=tuple(disks),
         )
-
-
-def _together(here: tuple[MigrationFinding, ...], there: tuple[MigrationFinding, ...]) -> tuple[MigrationFinding, ...]:
-    """All that was found, each once."""
-    known = {(finding.code, finding.path) for finding in here}
-    return (*here, *(finding for finding in there if (finding.code, finding.path) not in known))

@@ -41,8 +41,11 @@ def compared(departure: MachineFacts, arrival: DestinationFacts) -> tuple[Migrat
     A machine at rest is started anew there, some day: no QEMU has to be like another one.
     """
     if isinstance(departure, SourceFacts):
-        return _in_order(finding for check in CHECKS for finding in check(departure, arrival))
-    return _in_order(finding for check in CHECKS_AT_REST for finding in check(departure, arrival))
+        findings = [finding for check in CHECKS for finding in check(departure, arrival)]
+    else:
+        findings = [finding for check in CHECKS_AT_REST for finding in check(departure, arrival)]
+    known = {(finding.code, finding.path) for finding in findings}
+    return _in_order([*findings, *(finding for finding in arrival.findings if (finding.code, finding.path) not in known)])
 
 
 def possible(findings: tuple[MigrationFinding, ...]) -> bool:

@@ -6,6 +6,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from qmpd.migrationviews import MigrationFinding
+
 #: What a CPU model says of itself: flags, numbers and names.
 Trait: TypeAlias = bool | int | str
 
@@ -160,7 +162,8 @@ class Obstacle(Part, frozen=True, kw_only=True):
 
 class DestinationFacts(Part, frozen=True, kw_only=True):
     """What the destination found: a QEMU of its own with the same definition, halted, or why there is none (`obstacles`); what it has no
-    room for or has taken already. `limits_unkept`: limits of the definition it cannot keep, and why (`""`: none of them)."""
+    room for or has taken already. `limits_unkept`: limits of the definition it cannot keep, and why (`""`: none of them). `findings`: what
+    the definition names that is something else there."""
 
     protocols: tuple[int, ...]
     qemu: QemuFacts | None = None
@@ -173,3 +176,4 @@ class DestinationFacts(Part, frozen=True, kw_only=True):
     uuid_taken_by: str | None = None
     macs_taken: dict[str, str] = {}
     free_memory_mib: int | None = None
+    findings: tuple[MigrationFinding, ...] = ()

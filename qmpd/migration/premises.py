@@ -20,6 +20,7 @@ from qmpd.hostcheck.tree import HostTree
 from qmpd.migration.fingerprints import Fingerprints
 from qmpd.migration.likeness import DestinationFacts, HostPort, TargetDisk
 from qmpd.migration.protocol import VERSION, DiskOffer, FileMark, Offer
+from qmpd.migration.retargeting import host_findings, host_paths
 from qmpd.migration.shipping import mark_of
 from qmpd.plan.disks import disk_path
 from qmpd.planning import Planning
@@ -73,6 +74,7 @@ class Premises:
             disks=tuple(self._targets(offer, paths)),
             ports_taken=tuple(port for port in forwarded(offer.spec) if _is_taken(port)),
             free_memory_mib=available_bytes(HostTree()) // MIB or None,
+            findings=tuple(host_findings(offer.spec, examine([named.path for named in host_paths(offer.spec)], self._pools))),
         )
 
     def _targets(self, offer: Offer, paths: MachinePaths) -> Iterator[TargetDisk]:

@@ -74,7 +74,7 @@ class Preparation:
             accepted = Acceptance(id=entry.id, endpoint=None, disks=arranged.disks, emulator_version=launch.emulator_version)
         else:
             accepted, facts = await self._launched(arrival, arranged, launch, facts, peer)
-        arrival.acceptance = msgspec.structs.replace(accepted, findings=arranged.findings, facts=facts)
+        arrival.acceptance = msgspec.structs.replace(accepted, facts=facts)
         return arrival, arrival.acceptance
 
     async def _launched(

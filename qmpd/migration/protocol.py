@@ -15,7 +15,6 @@ from msgspec import Meta
 from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.parcels import MAX_PARCELS, Parcel
 from qmpd.migration.phases import Phase, Role
-from qmpd.migrationviews import MigrationFinding
 from qmpd.spec import UUID_PATTERN, DiskFormat, MachineSpec, Path, Text, Word
 from qmpd.viewbase import Request, View
 
@@ -114,8 +113,8 @@ class DiskAccepted(View, frozen=True, kw_only=True):
 
 
 class Acceptance(View, frozen=True, kw_only=True):
-    """The destination waits. `endpoint` is where its QEMU does; None if there is none, or the data goes through the API. `findings` is what
-    of the definition is otherwise there, `facts` what the source compares."""
+    """The destination waits. `endpoint` is where its QEMU does; None if there is none, or the data goes through the API. `facts` is what
+    the source compares."""
 
     id: str
     endpoint: Endpoint | None
@@ -124,7 +123,6 @@ class Acceptance(View, frozen=True, kw_only=True):
     postcopy: bool = False
     bitmaps: bool = False
     emulator_version: str
-    findings: tuple[MigrationFinding, ...] = ()
     facts: DestinationFacts | None = None
 
 

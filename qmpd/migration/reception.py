@@ -31,10 +31,9 @@ from qmpd.migration.premises import is_shared
 from qmpd.migration.progress import NONE
 from qmpd.migration.protocol import Acceptance, Channel, ConsoleEnd, DiskAccepted, DiskOffer, Endpoint, LogReceived, Offer
 from qmpd.migration.qemu import ask_map, run_state
-from qmpd.migration.retargeting import DiskTarget, Retarget, host_findings, host_paths, retargeted
+from qmpd.migration.retargeting import DiskTarget, Retarget, retargeted
 from qmpd.migration.shipping import node_of
 from qmpd.migration.tls import ServerTls
-from qmpd.migrationviews import MigrationFinding
 from qmpd.plan import BlankImage, SerialPipe, without_forwards
 from qmpd.plan.disks import disk_path
 from qmpd.planning import Planning
@@ -65,14 +64,13 @@ _log = logging.getLogger(__name__)
 class Arranged(msgspec.Struct, frozen=True, kw_only=True):
     """How a machine will be here: its definition with the paths of this host, and how each disk comes.
 
-    `made` are images that are made outside of the machine's own directory, `parcels` what else comes, `findings` what is otherwise here.
+    `made` are images that are made outside of the machine's own directory, `parcels` what else comes.
     """
 
     spec: MachineSpec
     disks: tuple[DiskAccepted, ...] = ()
     made: tuple[BlankImage, ...] = ()
     parcels: tuple[Parcel, ...] = ()
-    findings: tuple[MigrationFinding, ...] = ()
 
 
 class Awaited:
@@ -138,7 +136,6 @@ class Reception:
             disks=tuple(_accepted(wanted, offer, paths[wanted.index], shared=wanted.index in shared) for wanted in offer.disks),
             made=tuple(_blank(disk, copied[index]) for index, disk in images.items() if offer.state != "stopped"),
             parcels=tuple(parcel for parcel in offer.parcels if parcel.item not in {f"disk-{index}" for index in shared}),
-            findings=tuple(host_findings(here, examine([named.path for named in host_paths(here)], self._settings.pools))),
         )
 
     def _check_target(self, index: int, path: str) -> None:
@@ -185,7 +182,6 @@ class Reception:
             postcopy=offer.postcopy,
             bitmaps=offer.bitmaps,
             emulator_version=launch.emulator_version,
-            findings=arranged.findings,
         )
         return acceptance, Awaited(door, wanted)
 

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from qmpd.migration import comparison, discrepancy, retargeting
 from qmpd.migration.comparison import ACCEPTABLE, accepted, compared, possible
-from qmpd.migration.discrepancy import SHOWN, shown, versioned
+from qmpd.migration.discrepancy import SHOWN, found, shown, versioned
 from qmpd.migration.likeness import (
     CpuFacts,
     DestinationFacts,
@@ -253,6 +253,7 @@ def test_what_keeps_a_machine_at_its_source_is_found(case: str) -> None:
     assert codes(departure) == expected
 
 
+FORWARD: Final = found("info", "forward-moves", "it will be one of the destination's", path="$.nics[0].forwards[0]")
 OTHER_DESTINATION: Final[dict[str, tuple[DestinationFacts, list[Found]]]] = {
     "protocol": (replace(ARRIVAL, protocols=(2, 3)), [("error", "protocol-differs")]),
     "no protocol": (replace(ARRIVAL, protocols=()), [("error", "protocol-differs")]),
@@ -272,6 +273,8 @@ OTHER_DESTINATION: Final[dict[str, tuple[DestinationFacts, list[Found]]]] = {
     "another disk": (replace(ARRIVAL, disks=(replace(SHARED, same=False),)), [("error", "disk-not-shared")]),
     "disk unproven": (replace(ARRIVAL, disks=(replace(SHARED, same=None),)), [("warning", "disk-shared-unproven")]),
     "disk of another format": (replace(ARRIVAL, disks=(replace(SHARED, format="qcow2"),)), [("error", "disk-format")]),
+    "forward": (replace(ARRIVAL, findings=(FORWARD,)), [("info", "forward-moves")]),
+    "port and forward": (replace(ARRIVAL, ports_taken=(PORT,), findings=(FORWARD,)), [("error", "port-taken"), ("info", "forward-moves")]),
     "format unknown": (replace(ARRIVAL, disks=(replace(SHARED, format=None),)), []),
 }
 
@@ -372,6 +375,12 @@ OTHER_REST: Final[dict[str, tuple[MachineFacts, DestinationFacts, list[Found]]]]
     "firmware missing": (AT_REST, replace(UNTRIED, firmware=()), [("error", "firmware-missing")]),
     "firmware of another size": (replace(AT_REST, firmware=(replace(FIRMWARE, bytes=7),)), UNTRIED, [("warning", "firmware-differs")]),
     "other firmware": (replace(AT_REST, firmware=(replace(FIRMWARE, sha256="bb"),)), UNTRIED, [("warning", "firmware-differs")]),
+    "forward": (AT_REST, replace(UNTRIED, findings=(FORWARD,)), [("info", "forward-moves")]),
+    "template, said twice": (
+        replace(AT_REST, firmware=(replace(FIRMWARE, role="firmware.vars"),)),
+        replace(UNTRIED, findings=(found("warning", "template-missing", "not there", path="$.firmware.vars"),)),
+        [("warning", "template-missing")],
+    ),
     "template": (replace(AT_REST, firmware=(replace(FIRMWARE, role="firmware.vars"),)), UNTRIED, [("warning", "template-missing")]),
 }
 

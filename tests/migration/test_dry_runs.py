@@ -135,7 +135,8 @@ async def test_everything_in_the_way_is_named_and_a_migration_refuses_it_too(sho
         assert not report.possible
         assert sorted(codes(report)) == ["disk-target-exists", "name-taken", "port-taken", "uuid-taken"]
         assert codes(report, "warning") == ["mac-taken"]
-        assert all(finding.mend for finding in report.findings)
+        assert codes(report, "info") == ["forward-moves"]
+        assert all(finding.mend for finding in report.findings if finding.severity != "info")
         assert report.prediction is not None
         assert target.read_bytes() == bytes(512)
         for name in ("other", "counter"):
@@ -145,7 +146,8 @@ async def test_everything_in_the_way_is_named_and_a_migration_refuses_it_too(sho
         assert job.error["code"] == "cannot_move"
         details = job.error["details"]
         assert isinstance(details, dict)
-        assert [(finding["severity"], finding["code"]) for finding in details["findings"]] == [("error", "port-taken")]
+        found = [(finding["severity"], finding["code"]) for finding in details["findings"]]
+        assert found == [("error", "port-taken"), ("info", "forward-moves")]
         view = a.service.machine("counter")
         assert (view.state, view.operation) == (State.RUNNING, None)
         await printed(a, "counter", 100)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import socket
 from pathlib import Path
 
 import msgspec
@@ -17,10 +16,10 @@ from qmpd.failpoint import arm
 from qmpd.lifecycle import State
 from qmpd.migration import delivery, wondering
 from qmpd.migration.extents import allocated
-from qmpd.migrationviews import DryRunReport, MigrateRequest
-from qmpd.spec import BlankDisk, Forward, UserNic
+from qmpd.migrationviews import MigrateRequest
+from qmpd.spec import BlankDisk
 from qmpd.views import JobView, StartRequest
-from tests.api.lab import Daemon, port
+from tests.api.lab import Daemon
 from tests.guests.build import Guest
 from tests.guests.trace import check_trace
 from tests.machines import copy_of, spec_of
@@ -176,83 +175,6 @@ async def test_it_is_held_meanwhile_and_can_be_kept(short_directory: Path, count
         await a.service.kill("rest")
 
 
-async def tried(source: Daemon, **request: object) -> DryRunReport:
-    """What a dry run of the machine found; nothing of it may be left, and nothing be in anybody's way."""
-    wanted = msgspec.convert({"peer": "b", "dry_run": True, **request}, MigrateRequest)
-    before = source.service.migration.list()
-    job = await ended(source, await source.service.migration.migrate("rest", wanted))
-    assert job.state == "succeeded", job.error
-    view = source.service.machine("rest")
-    assert (view.state, view.operation) == (State.STOPPED, None)
-    assert source.service.migration.list() == before
-    return msgspec.convert(job.result, DryRunReport)
-
-
-def found_in(report: DryRunReport, severity: str = "error") -> list[tuple[str, str]]:
-    return [(finding.code, finding.path) for finding in report.findings if finding.severity == severity]
-
-
-async def test_a_dry_run_says_what_would_be_sent_and_for_how_long(short_directory: Path, counting: Guest) -> None:
-    async with pair(short_directory) as (a, b):
-        await made(a, short_directory, counting)
-        target = short_directory / "there.raw"
-        report = await tried(a, disks=[choice_of(target)])
-        assert (report.possible, report.findings) == (True, ())
-        prediction = report.prediction
-        assert prediction is not None
-        assert (prediction.memory_bytes, prediction.dirty_mib_s, prediction.downtime_ms) == (0, None, None)
-        assert 2 * MIB < prediction.disk_bytes < 16 * MIB  # of 64 MiB and more most are holes
-        assert prediction.total_s is not None
-        assert "MiB are to be sent" in prediction.explanation
-        shared = (await tried(a)).prediction
-        assert shared is not None
-        assert shared.disk_bytes < prediction.disk_bytes
-        late = await tried(a, goal={"bandwidth_mib_s": 1, "deadline_s": 1, "then": "abort"}, disks=[choice_of(target)])
-        assert late.prediction is not None
-        assert not late.prediction.reachable
-        assert "the machine would stay" in late.prediction.explanation
-        assert not target.exists()
-        assert arriving(short_directory) == []
-        assert known(b, "rest") is None
-        assert list((short_directory / "b/s/machines").glob("*")) == []
-        assert b.service.migration.list().migrations == ()
-        await moved(a, "rest", "b", disks=[choice_of(target)])
-
-
-async def test_a_dry_run_finds_what_a_move_would_be_refused_for(
-    short_directory: Path, counting: Guest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(delivery, "OFFER_DEADLINE_S", 0.0)
-    async with pair(short_directory) as (a, b):
-        with port() as (listener, number):
-            listener.close()
-        image, own = await made(a, short_directory, counting, nics=(UserNic(forwards=(Forward(guest_port=22, host_port=number),)),))
-        assert image
-        assert own
-        taken = short_directory / "taken.raw"
-        taken.write_bytes(b"somebody's")
-        nowhere = short_directory / "nowhere" / "x.raw"
-        for request, expected in (
-            ({"disks": [choice_of(taken)]}, [("disk-target-exists", "$.disks[0]")]),
-            ({"disks": [choice_of(nowhere)]}, [("disk-refused", "$.disks[0]")]),
-            ({"storage": "copy"}, [("disk-is-shared", "$.disks[0]")]),
-        ):
-            report = await tried(a, **request)
-            assert (report.possible, found_in(report)) == (False, expected)
-            await refused(a, **request)
-        wrong = msgspec.convert({"peer": "b", "dry_run": True, "disks": [choice_of(taken) | {"format": "qcow2"}]}, MigrateRequest)
-        job = await ended(a, await a.service.migration.migrate("rest", wrong))
-        assert job.error is not None
-        assert (job.error["code"], "format" in str(job.error["message"])) == ("cannot_move", True)
-        assert not nowhere.parent.exists()
-        with socket.create_server(("127.0.0.1", number)):
-            report = await tried(a)
-            assert (report.possible, found_in(report, "warning")) == (True, [("port-taken", "$.nics")])
-            done = await moved(a, "rest", "b")
-            assert ("warning", "port-taken") in [(finding.severity, finding.code) for finding in done.findings]
-        assert b.service.machine("rest").state is State.STOPPED
-
-
 async def test_it_stays_at_its_deadline_if_that_was_asked_for(short_directory: Path, counting: Guest) -> None:
     async with pair(short_directory) as (a, b):
         await made(a, short_directory, counting)
@@ -290,6 +212,30 @@ async def test_it_is_started_or_moved_and_never_both(short_directory: Path, coun
         jobs = [await ended(owner, one) for one in both if isinstance(one, JobView)]
         assert [one.state for one in jobs].count("succeeded") == 1
         assert (known(owner, "rest"), other.service.machine("rest").state) == (None, State.STOPPED)
+
+
+async def test_a_file_that_somebody_put_in_its_place_is_not_lost(short_directory: Path, counting: Guest) -> None:
+    """The machine is given already: it waits, says for what, and goes on when the place is free."""
+    async with pair(short_directory) as (a, b):
+        image, _ = await made(a, short_directory, counting)
+        target = short_directory / "there.raw"
+        slow = {"peer": "b", "goal": {"bandwidth_mib_s": 1}, "disks": [choice_of(target)]}
+        job = await a.service.migration.migrate("rest", msgspec.convert(slow, MigrateRequest))
+        async with asyncio.timeout(HUNG_S):
+            while not arriving(short_directory):
+                await asyncio.sleep(LOOK_S)
+        target.write_bytes(b"somebody's")
+        async with asyncio.timeout(HUNG_S):
+            while (doubt := a.service.migration.list().migrations[0].doubt) is None or "exists already" not in doubt:
+                await asyncio.sleep(LOOK_S)
+        assert target.read_bytes() == b"somebody's"
+        for there in (a, b):
+            with pytest.raises((Held, WrongState)):
+                await there.service.start("rest", StartRequest())
+        target.unlink()
+        assert (await ended(a, job)).state == "succeeded"
+        assert target.read_bytes() == image
+        assert (known(a, "rest"), b.service.machine("rest").state) == (None, State.STOPPED)
 
 
 async def test_a_machine_that_was_lost_to_its_source_leaves_nothing_when_it_is_discarded(short_directory: Path, counting: Guest) -> None:
