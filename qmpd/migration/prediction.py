@@ -48,14 +48,14 @@ def predicted(
 
 
 def predicted_at_rest(*, sent_bytes: int, bandwidth_mib_s: float, goal: Goal) -> Prediction:
-    """The time to expect of a machine at rest, of which `sent_bytes` are to be sent. Of its goal only what it has of that counts: the most
-    that it may take of the network, and whether it stays where it is at the deadline.
+    """The least time to expect of a machine at rest, of which `sent_bytes` are to be sent: nobody has measured the disks. Of its goal only
+    what it has of that counts: the most that it may take of the network, and whether it stays where it is at the deadline.
     """
     speed = min(bandwidth_mib_s, goal.bandwidth_mib_s or bandwidth_mib_s)
     total_s = sent_bytes / (speed * MIB)
     limit_s = goal.deadline_s if goal.then == "abort" else None
     in_time = limit_s is None or total_s <= limit_s
-    known = f"{sent_bytes / MIB:.1f} MiB are to be sent, and {speed:.1f} MiB/s go over: it takes about {total_s:.0f} s"
+    known = f"{sent_bytes / MIB:.1f} MiB are to be sent, and {speed:.1f} MiB/s go over: it takes {total_s:.0f} s at least"
     return Prediction(
         memory_bytes=0,
         disk_bytes=sent_bytes,

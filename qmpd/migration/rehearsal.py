@@ -135,7 +135,7 @@ async def _predicted(
     """What it would take; None where the way could not be measured."""
     dirty = await changing
     try:
-        speed = await way_mib_s(link)
+        speed = await way_mib_s(link, SENDERS if isinstance(here, SourceFacts) else 1)  # files are sent piece by piece
     except PeerError:
         return None
     if not isinstance(here, SourceFacts):
@@ -152,13 +152,13 @@ async def _predicted(
     )
 
 
-async def way_mib_s(link: PeerDaemon) -> float:
+async def way_mib_s(link: PeerDaemon, senders: int = SENDERS) -> float:
     """How fast bytes get to a peer through the API, which is encrypted as a migration is. QEMU may be faster, and is hardly slower.
 
     Raises:
         PeerError: the peer does not answer.
     """
-    await asyncio.gather(*(link.carried(_FIRST) for _ in range(SENDERS)))
+    await asyncio.gather(*(link.carried(_FIRST) for _ in range(senders)))
     loop = asyncio.get_running_loop()
     began, sent = loop.time(), 0
 
@@ -168,5 +168,5 @@ async def way_mib_s(link: PeerDaemon) -> float:
             sent += len(_FREIGHT)
             await link.carried(_FREIGHT)
 
-    await asyncio.gather(*(send() for _ in range(SENDERS)))
+    await asyncio.gather(*(send() for _ in range(senders)))
     return sent / MIB / (loop.time() - began)
