@@ -92,6 +92,7 @@ class Service:
         planning: Planning,
         audit: Audit,
         items: ItemDesk,
+        host: HostShutdown,
     ) -> None:
         self.bus = bus
         #: Set when the API is offered.
@@ -113,7 +114,7 @@ class Service:
         self._inventory = inventory
         self.journal = journal
         self._jobs = jobs
-        self.host = HostShutdown(registry)
+        self.host = host
         self.rescue = Rescue(registry, inventory.catalogue, bus.publish, settings.run_dir)
         self._starting = asyncio.Semaphore(settings.parallel_starts)
         self._started_at = now()
@@ -302,7 +303,8 @@ class Service:
     async def shutdown_host(self, request: HostShutdownRequest) -> JobView:
         """Ends all machines, as a job; until it has ended none can be started. Raises GoingDown when that is under way already."""
         self.host.refuse()
-        return await self._jobs.begin_reporting("host-shutdown", None, lambda report: self.host.run(request, report))
+        first = self.migration.turned_away
+        return await self._jobs.begin_reporting("host-shutdown", None, lambda report: self.host.run(request, report, first))
 
     async def wait(self, name: str, states: frozenset[State], timeout_s: float) -> MachineView:
         """Waits until a machine is in one of `states`. Raises NotYet with its state when it was not in time."""
