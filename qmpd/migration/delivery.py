@@ -137,7 +137,7 @@ class Deliveries:
         while True:
             async with departure.lock:
                 if departure.decided.is_set():
-                    raise MigrationFailed("an operator decided that the machine stays here")
+                    raise MigrationFailed(f"an operator decided about the machine, which is {self._ledger.get(entry.id).phase}")
                 found = await self._taken(departure, link, handover)
             if found is not None:
                 break

@@ -154,11 +154,13 @@ class Migration:
         entry = self._ledger.of(name)
         if entry is None:
             raise WrongState(f"no migration of machine {name!r} is under way", state=str(machine.state), allowed=[])
-        if (request.action == "keep") is not (entry.role == "source"):
-            allowed = ["keep"] if entry.role == "source" else ["take", "discard"]
+        allowed = ["keep", "moved"] if entry.role == "source" else ["take", "discard"]
+        if request.action not in allowed:
             raise WrongState(f"this host is the {entry.role}: {request.action!r} is for the other one", state=entry.role, allowed=allowed)
         if request.action == "keep":
-            await self._departures.resolve(machine)
+            await self._departures.resolutions.keep(machine)
+        elif request.action == "moved":
+            await self._departures.resolutions.forget(machine)
         else:
             await self._arrivals.resolve(machine, take=request.action == "take")
         return self._view(self._ledger.get(entry.id))
