@@ -269,9 +269,10 @@ class Service:
         return msgspec.structs.replace(ended, machine=machine.view())
 
     async def kill(self, name: str) -> StopView:
-        """Ends a machine's QEMU at once, whoever holds the machine."""
+        """Ends a machine's QEMU at once, whoever holds the machine. Raises GivenAway where that would end nothing of its guest."""
         machine = self._registry.get(name)
         await self.rescue.recovery.look_again(machine)
+        self.migration.check_here(machine)  # and nothing is waited for before it is asked to end: see `Giving.give`
         return await power.kill(machine)
 
     async def reset(self, name: str) -> MachineView:

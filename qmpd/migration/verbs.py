@@ -8,10 +8,10 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from typing import Final
 
 from qmpd.access import Caller
-from qmpd.errors import GoingDown, NotFound, Problem, WrongState, invalid
+from qmpd.errors import GoingDown, Held, NotFound, Problem, WrongState, invalid
 from qmpd.jobs import Jobs
 from qmpd.journal import Journal
-from qmpd.machine import Publish
+from qmpd.machine import Machine, Publish
 from qmpd.migration.admission import Admissions
 from qmpd.migration.destination import Arrivals
 from qmpd.migration.fingerprints import Fingerprints
@@ -164,6 +164,14 @@ class Migration:
         else:
             await self._arrivals.resolve(machine, take=request.action == "take")
         return self._view(self._ledger.get(entry.id))
+
+    def check_here(self, machine: Machine) -> None:
+        """Raises GivenAway where the guest of this machine goes on elsewhere, whatever is done here, and Held where that is decided now."""
+        machine.definition.check_owned()
+        entry = self._ledger.of(machine.name)
+        departure = self._departures.under_way(entry.id) if entry is not None else None
+        if entry is not None and departure is not None and departure.machine is machine and departure.giving and entry.phase in KEEPABLE:
+            raise Held(f"machine {machine.name!r} is just being given to {entry.peer}", holder="migrate", state=str(machine.state))
 
     # For peers.
 
