@@ -144,7 +144,7 @@ class Deliveries:
             pause = await _waited(departure.decided, pause)
         if entry.offer.postcopy:
             await self._follow(departure, link, peer)
-        reason = found.reason
+        reason = found.reason or found.problem
         await self.persist(departure, lambda: self._ledger.step(entry.id, Step.CONFIRM, reason=reason), "to note that it has arrived")
         await self.follow(departure, link, found)
         await undivided(self.clear(departure), f"clear:{entry.machine}")
