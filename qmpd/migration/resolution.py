@@ -1,4 +1,4 @@
-"""What a person decides about a machine that was given away, when its new owner cannot be asked, or does not know it any more.
+"""What a person decides about a machine on its way when the other host cannot be asked, or does not know of it any more.
 
 The other host is asked all the same: where it answers, a word that contradicts it is refused.
 """
@@ -13,10 +13,11 @@ from typing import Final
 from qmpd import power
 from qmpd.errors import HostError, NotFound, PeerError, PeerRefused, WrongState
 from qmpd.machine import Machine
+from qmpd.migration.arrival import Arrival, Endings
 from qmpd.migration.delivery import Deliveries, Departure, code_of
 from qmpd.migration.ledger import Entry, Ledger
-from qmpd.migration.phases import OWNED, Phase, Step
-from qmpd.migration.protocol import DiscardRequest, Standing
+from qmpd.migration.phases import OWNED, UNOWNED, Phase, Step
+from qmpd.migration.protocol import DiscardRequest, Handover, Standing
 from qmpd.peering import Peering
 from qmpd.peers import PeerDaemon
 from qmpd.tasks import undivided
@@ -25,7 +26,7 @@ from qmpd.tasks import undivided
 FORGOTTEN: Final = "an operator said that the other host has it"
 
 
-class Resolutions:
+class SourceResolutions:
     """Carries out what a person decides at the source. `departures` are those of `Departures`, by migration."""
 
     def __init__(self, *, ledger: Ledger, peering: Peering, deliveries: Deliveries, departures: dict[str, Departure]) -> None:
@@ -137,6 +138,46 @@ class Resolutions:
             return
         message = f"{entry.peer} answers and has taken the machine, whose memory may be on its way still: it is forgotten when all is there"
         raise WrongState(message, state=str(entry.phase), allowed=[])
+
+
+class DestinationResolutions:
+    """Carries out what a person decides at the destination. `arrivals` are those of `Arrivals`, by migration."""
+
+    def __init__(self, *, ledger: Ledger, peering: Peering, endings: Endings, arrivals: dict[str, Arrival]) -> None:
+        self._ledger = ledger
+        self._peering = peering
+        self._endings = endings
+        self._arrivals = arrivals
+
+    async def resolve(self, machine: Machine, *, take: bool) -> None:
+        """Takes or discards a machine whose source does not say what became of it.
+
+        Raises:
+            WrongState: it is not in doubt, or its source says that it has not given it away.
+        """
+        arrival = next((one for one in self._arrivals.values() if one.machine is machine), None)
+        entry = self._ledger.get(arrival.migration) if arrival is not None else None
+        if arrival is None or entry is None or entry.phase not in UNOWNED or (take and entry.phase is not Phase.LOADED):
+            state = str(entry.phase if entry is not None else machine.state)
+            raise WrongState(
+                f"there is nothing to decide about machine {machine.name!r} here: it is {state}", state=state, allowed=["loaded"]
+            )
+        if take:
+            await self._not_kept(arrival)
+            await undivided(self._endings.take(arrival, Handover(epoch=entry.epoch, run=entry.went)), f"take:{machine.name}")
+        else:
+            await undivided(self._endings.discard(arrival, "an operator decided so"), f"discard:{machine.name}")
+
+    async def _not_kept(self, arrival: Arrival) -> None:
+        """Asks the source, if it can be asked. Raises WrongState where it has not given the machine away."""
+        try:
+            async with self._peering.dial(self._peering.peers.get(arrival.peer)) as link:
+                found = await link.standing(arrival.migration)
+        except (PeerError, NotFound, HostError):
+            return  # it is not there: the operator's word has to do
+        if found.phase not in {Phase.GIVEN, Phase.MOVED}:
+            message = f"{arrival.peer} answers, and has not given the machine away: there it is {found.phase}"
+            raise WrongState(message, state=str(found.phase), allowed=[str(Phase.GIVEN)])
 
 
 async def _standing(link: PeerDaemon, entry: Entry) -> Standing | None:

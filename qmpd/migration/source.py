@@ -29,7 +29,7 @@ from qmpd.migration.outgoing import Before
 from qmpd.migration.phases import FIRST, KEEPABLE, Phase, Step
 from qmpd.migration.protocol import Acceptance, DiscardRequest, Offer, Standing
 from qmpd.migration.rehearsal import Rehearsals
-from qmpd.migration.resolution import Resolutions
+from qmpd.migration.resolution import SourceResolutions
 from qmpd.migration.shipping import Shipment, Shipping, check_answered, moved
 from qmpd.migrationviews import DryRunReport, GoalChanges, MigrateRequest, MigrationReport
 from qmpd.peering import Peering
@@ -74,7 +74,7 @@ class Departures:
         )
 
         self._giving = Giving(registry, ledger, self._deliveries)
-        self.resolutions = Resolutions(ledger=ledger, peering=peering, deliveries=self._deliveries, departures=self._departures)
+        self.resolutions = SourceResolutions(ledger=ledger, peering=peering, deliveries=self._deliveries, departures=self._departures)
 
     def close(self) -> None:
         """The daemon ends: what cannot be done now is left to the next one."""

@@ -162,7 +162,7 @@ class Migration:
         elif request.action == "moved":
             await self._departures.resolutions.forget(machine)
         else:
-            await self._arrivals.resolve(machine, take=request.action == "take")
+            await self._arrivals.resolutions.resolve(machine, take=request.action == "take")
         return self._view(self._ledger.get(entry.id))
 
     def check_here(self, machine: Machine) -> None:
