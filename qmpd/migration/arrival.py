@@ -249,6 +249,8 @@ class Endings:
         """Puts an owned machine's QEMU back to what it would be without a migration. Until then the machine is held: the next migration
         of it would take what this one left for its own."""
         entry = self._ledger.get(arrival.migration)
+        if arrival.machine.launch is not None and arrival.machine.launch.incoming is not None:  # there was no room for it before
+            await asyncio.to_thread(self._note_owned, arrival.machine)
         if arrival.machine.state not in AT_REST:
             before = entry.before.dials if entry.before is not None else None
             await self._reception.settle_in(arrival.machine, before, postcopy=entry.offer.postcopy)

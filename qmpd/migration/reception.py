@@ -235,25 +235,32 @@ class Reception:
             try:
                 await self._desk.number(delivery, pipes, ends)
                 break
-            except QmpdError as error:
-                _log.error("console logs are not numbered", extra={"machine": machine.name, "error": error.message})
+            except (QmpdError, OSError) as error:
+                _log.error("console logs are not numbered", extra={"machine": machine.name, "error": str(error)})
         for port, console in machine.consoles.items():
             if (path := self._pipes(machine).get(f"serial{port}")) is not None:
-                await console.moved(path)
+                try:
+                    await console.moved(path)
+                except OSError as error:
+                    _log.error("a console's log cannot be read", extra={"machine": machine.name, "error": str(error)})
 
     async def secure(self, delivery: Delivery) -> None:
         """What came outlives a crash of the host, as well as that can be had: the source removes its own next."""
         try:
             await self._desk.place(delivery)
-        except QmpdError as error:
-            _log.warning("files of a machine are not on disk yet", extra={"machine": delivery.spec.name, "error": error.message})
+        except (QmpdError, OSError) as error:
+            _log.warning("files of a machine are not on disk yet", extra={"machine": delivery.spec.name, "error": str(error)})
 
     def _pipes(self, machine: Machine) -> Mapping[str, str]:
         return machine.launch.pipes if machine.launch is not None else {}
 
     async def logs(self, delivery: Delivery) -> tuple[LogReceived, ...]:
-        """How much is here of the logs."""
-        return await self._desk.logs(delivery)
+        """How much is here of the logs; nothing of those that cannot be read."""
+        try:
+            return await self._desk.logs(delivery)
+        except (QmpdError, OSError) as error:
+            _log.error("console logs cannot be read", extra={"machine": delivery.spec.name, "error": str(error)})
+            return ()
 
     async def go(self, machine: Machine, *, run: bool, patience_s: float | None = None) -> str:
         """Sets the guest going if it ran at the source, and did not stop by itself at the last moment. Where the lock of an image is not
