@@ -336,7 +336,7 @@ class Arrivals:
         """An owner that offers a machine again has kept it before, whether or not that was heard here."""
         for arrival in list(self._arrivals.values()):
             same = arrival.peer == peer and arrival.machine.definition.uuid == offer.uuid
-            if same and self._ledger.get(arrival.migration).phase in UNOWNED:
+            if same and self._ledger.get(arrival.migration).phase in {*UNOWNED, Phase.DISCARDED}:  # or waits until that is done
                 await self._endings.discard(arrival, f"the source offered the machine again, as migration {offer.id}")
 
     async def _attend(self, arrival: Arrival) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from qmpd.machine import Machine
 from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.premises import Premises
 from qmpd.migration.protocol import Offer
@@ -65,6 +66,41 @@ def meddling(patch: pytest.MonkeyPatch, meddle: Callable[[], object]) -> None:
         return facts
 
     patch.setattr(Premises, "of", of)
+
+
+async def test_a_machine_that_is_still_being_discarded_may_be_offered_again(
+    short_directory: Path, counting: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pair(short_directory) as (a, b):
+        await a.service.create(busy(short_directory), start=True)
+        registry, discarding, may_go_on = b.service._registry, asyncio.Event(), asyncio.Event()
+        dismiss = registry.dismiss
+
+        async def slow(machine: Machine) -> None:
+            discarding.set()
+            await may_go_on.wait()
+            await dismiss(machine)
+
+        monkeypatch.setattr(registry, "dismiss", slow)
+        slowly = MigrateRequest(peer="b", goal=Goal(bandwidth_mib_s=1, auto_converge=False))
+        job = await a.service.migration.migrate("busy", slowly)
+        async with asyncio.timeout(HUNG_S):
+            while known(b, "busy") is None or b.service.migration._arrivals._preparing:
+                await asyncio.sleep(LOOK_S)
+        await a.service.cancel(job.id)
+        async with asyncio.timeout(HUNG_S):
+            await discarding.wait()
+        again = await a.service.migration.migrate("busy", slowly)
+        async with asyncio.timeout(HUNG_S):
+            while not b.service.migration._arrivals._preparing:
+                assert (await a.service.job(again.id)).state == "running"
+                await asyncio.sleep(LOOK_S)
+        may_go_on.set()
+        async with asyncio.timeout(HUNG_S):
+            while [view.phase for view in b.service.migration.list("busy").migrations] != ["awaiting", "discarded"]:
+                assert (await a.service.job(again.id)).state == "running"
+                await asyncio.sleep(LOOK_S)
+        await a.service.cancel(again.id)
 
 
 async def test_a_file_that_was_there_is_left_alone(short_directory: Path, counting: Guest, images: Path) -> None:
