@@ -19,6 +19,7 @@ from qmpd.confinement import Confiner
 from qmpd.database import open_database
 from qmpd.errors import HostError, QmpdError
 from qmpd.filewatch import watching
+from qmpd.hostshutdown import HostShutdown
 from qmpd.inventory import Inventory
 from qmpd.jobs import open_jobs
 from qmpd.journal import open_journal
@@ -96,6 +97,7 @@ async def running(settings: Settings, environ: Mapping[str, str], dial: Dial = n
         ledger = await stack.enter_async_context(open_ledger(database))
         admissions = Admissions(registry, ledger, peering.peers)
         items = ItemDesk(await stack.enter_async_context(background()), admissions.item)
+        going_down = HostShutdown(registry)
         migration = Migration(
             settings=settings,
             registry=registry,
@@ -107,6 +109,7 @@ async def running(settings: Settings, environ: Mapping[str, str], dial: Dial = n
             admissions=admissions,
             items=items,
             publish=bus.publish,
+            refuse=going_down.refuse,
         )
         succession_tasks = await stack.enter_async_context(background())
         successions = Successions(registry=registry, planner=planning.launch, jobs=jobs, tasks=succession_tasks, publish=bus.publish)
@@ -119,6 +122,7 @@ async def running(settings: Settings, environ: Mapping[str, str], dial: Dial = n
             disk_moves=DiskMoves(store, registry, jobs, settings.pools),
             audit=await stack.enter_async_context(open_audit(Path(settings.state_dir), settings.audit_log_mib * MIB)),
             items=items,
+            host=going_down,
             history=HistoryDesk(bus, admissions.arrived),
             registry=registry,
             worlds=worlds,

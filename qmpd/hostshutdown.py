@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from qmpd import operating, power
@@ -35,13 +36,15 @@ class HostShutdown:
         #: It was under way at some time: what starts machines by itself has no business any more.
         self.asked = False
 
-    def refuse(self) -> None:
-        """Raises GoingDown while machines are being ended."""
+    def refuse(self, done: str = "started") -> None:
+        """Raises GoingDown while machines are being ended: what cannot be `done` with one."""
         if self.under_way:
-            raise GoingDown("all machines of this host are being shut down: none can be started now")
+            raise GoingDown(f"all machines of this host are being shut down: none can be {done} now")
 
-    async def run(self, request: HostShutdownRequest, report: Report) -> HostShutdownView:
+    async def run(self, request: HostShutdownRequest, report: Report, first: Callable[[], Awaitable[None]]) -> HostShutdownView:
         """Ends every machine that has a process; those that could not be ended are in the answer like the others.
+
+        `first` is done before, when nothing can be started any more.
 
         Raises:
             GoingDown: that is under way already.
@@ -49,6 +52,7 @@ class HostShutdown:
         self.refuse()
         self.under_way = self.asked = True
         try:
+            await first()
             return await self._all(request, report)
         finally:
             self.under_way = False

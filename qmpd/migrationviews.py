@@ -116,9 +116,10 @@ class UpgradeReport(View, frozen=True, kw_only=True):
 class ResolveRequest(Request, frozen=True, kw_only=True):
     """Settle a migration of which this daemon cannot find out how it ended, on a person's word that the other side does not run the
     machine: `keep` it here (at its source), `take` it over (at its destination), or `discard` what came of it (at its destination).
+    `moved` is the word that the other side has it: what is left of it here (at its source) is removed.
     `confirm` is the machine's name once more."""
 
-    action: Literal["keep", "take", "discard"]
+    action: Literal["keep", "take", "discard", "moved"]
     confirm: Name
 
 

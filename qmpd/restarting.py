@@ -15,6 +15,8 @@ from qmpd.tasks import Tasks
 HEALTHY_S: Final = 600.0
 #: The back-off doubles up to here, so that a machine that cannot start costs little and is still tried.
 LONGEST_BACKOFF_S: Final = 300.0
+#: What holds a machine whose QEMU is gone ends soon; of what does not, a start is told, and counts as one that failed.
+HELD_LIMIT_S: Final = 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ class Restarts:
 
     async def _later(self, machine: Machine, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
+        # A migration that comes to its end, say, holds it: to be refused for that is no failure of its guest's.
+        await machine.when(lambda: machine.operation is None or self._unwanted(machine), HELD_LIMIT_S)
         if self._unwanted(machine) or await self._start(machine.name):
             return
         if not self._unwanted(machine):

@@ -92,6 +92,7 @@ class Service:
         planning: Planning,
         audit: Audit,
         items: ItemDesk,
+        host: HostShutdown,
     ) -> None:
         self.bus = bus
         #: Set when the API is offered.
@@ -113,7 +114,7 @@ class Service:
         self._inventory = inventory
         self.journal = journal
         self._jobs = jobs
-        self.host = HostShutdown(registry)
+        self.host = host
         self.rescue = Rescue(registry, inventory.catalogue, bus.publish, settings.run_dir)
         self._starting = asyncio.Semaphore(settings.parallel_starts)
         self._started_at = now()
@@ -268,9 +269,10 @@ class Service:
         return msgspec.structs.replace(ended, machine=machine.view())
 
     async def kill(self, name: str) -> StopView:
-        """Ends a machine's QEMU at once, whoever holds the machine."""
+        """Ends a machine's QEMU at once, whoever holds the machine. Raises GivenAway where that would end nothing of its guest."""
         machine = self._registry.get(name)
         await self.rescue.recovery.look_again(machine)
+        self.migration.check_here(machine)  # and nothing is waited for before it is asked to end: see `Giving.give`
         return await power.kill(machine)
 
     async def reset(self, name: str) -> MachineView:
@@ -302,7 +304,8 @@ class Service:
     async def shutdown_host(self, request: HostShutdownRequest) -> JobView:
         """Ends all machines, as a job; until it has ended none can be started. Raises GoingDown when that is under way already."""
         self.host.refuse()
-        return await self._jobs.begin_reporting("host-shutdown", None, lambda report: self.host.run(request, report))
+        first = self.migration.turned_away
+        return await self._jobs.begin_reporting("host-shutdown", None, lambda report: self.host.run(request, report, first))
 
     async def wait(self, name: str, states: frozenset[State], timeout_s: float) -> MachineView:
         """Waits until a machine is in one of `states`. Raises NotYet with its state when it was not in time."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import tempfile
@@ -17,6 +16,7 @@ from qmpd.lifecycle import AT_REST
 from qmpd.service import Service
 from qmpd.settings import Settings, user_defaults
 from tests.guests.build import Guest, MissingTools, build_all
+from tests.unavailable import unavailable
 
 ROOT = Path(__file__).parent.parent
 # A shell that starts a job in the background has it ignore SIGINT, and so would every process that the tests send one to.
@@ -72,9 +72,7 @@ def guests() -> dict[str, Guest]:
     try:
         return build_all(GUESTS)
     except MissingTools as error:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(str(error))
+        unavailable(error)
 
 
 @pytest.hookimpl(hookwrapper=True)

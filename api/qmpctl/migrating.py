@@ -240,6 +240,7 @@ _RESOLUTIONS: Final = {
     "keep": "it is here, and does not run at the destination",
     "take": "it is here, and does not run at its source",
     "discard": "what came of it is thrown away here",
+    "moved": "its destination has it, and what is left of it here is removed, its disks included",
 }
 
 
@@ -248,14 +249,15 @@ _RESOLUTIONS: Final = {
 @click.option("--keep", "action", flag_value="keep", help="At its source: it stays, because the other side does not run it.")
 @click.option("--take", "action", flag_value="take", help="At its destination: it runs here, because its source does not run it.")
 @click.option("--discard", "action", flag_value="discard", help="At its destination: throw away what came of it.")
-@click.option("--yes", is_flag=True, help="Do not ask: you have made sure that the other side does not run it.")
+@click.option("--moved", "action", flag_value="moved", help="At its source: the other side has it; remove what is left of it here.")
+@click.option("--yes", is_flag=True, help="Do not ask: you have made sure what the other side does with it.")
 def migration_resolve_command(name: str, action: str | None, yes: bool) -> None:
     """Say how a migration ended that no daemon can find out about. Wrong, and the machine runs twice or not at all."""
     if action is None:
-        raise click.UsageError("say what is the case: --keep, --take or --discard")
+        raise click.UsageError("say what is the case: --keep, --take, --discard or --moved")
     if not yes:
         if not sys.stdin.isatty():
-            raise click.UsageError("make sure that the other side does not run it, and confirm that with --yes")
+            raise click.UsageError("make sure what the other side does with it, and confirm that with --yes")
         click.confirm(f"{name}: {_RESOLUTIONS[action]}. Did you make sure?", abort=True)
     from qmpd.migrationviews import ResolveRequest
 

@@ -18,6 +18,7 @@ from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine, Publish
 from qmpd.migration.admission import Admissions
 from qmpd.migration.ledger import Entry, Ledger
+from qmpd.migration.patience import unlocked
 from qmpd.migration.persistence import persist
 from qmpd.migration.phases import OWNED, UNOWNED, Phase, Step
 from qmpd.migration.protocol import Acceptance, Channel, ConsoleEnd, Handover, LogReceived, console_end
@@ -53,6 +54,8 @@ class Arrival:
         self.problem = ""
         #: The commit by which this host becomes the owner was begun: only its outcome says who owns the machine.
         self.owning = False
+        #: It is this host's own, and waits for the lock of an image.
+        self.locked_out = False
         self.meter = Meter()
         self._led_in: Counter[Channel] = Counter()
         self.lock = asyncio.Lock()
@@ -129,7 +132,7 @@ class Endings:
                     return
                 ends = await self._unpack(arrival, handover)
                 await self._own(arrival, went=handover.run, log_ends={end.port: end.end for end in ends})
-            if self._ledger.get(arrival.migration).phase is Phase.TAKEN:
+            if self._ledger.get(arrival.migration).phase is Phase.TAKEN and not arrival.locked_out:
                 await self.set_going(arrival)
 
     async def _ready_to_run(self, arrival: Arrival) -> bool:
@@ -218,10 +221,12 @@ class Endings:
     async def set_going(self, arrival: Arrival) -> None:
         """Lets an owned machine go on, and does what has to follow. What fails here is said, and the machine is here all the same."""
         machine, entry = arrival.machine, self._ledger.get(arrival.migration)
-        machine.awaited = machine.asked_to_end = False
+        if machine.awaited:  # until now its end was no failure of its guest; whoever asks for it from now on is heard
+            machine.awaited = machine.asked_to_end = False
+        locked = ""
         while machine.state not in AT_REST:
             try:
-                await self._reception.go(machine, run=entry.went)
+                locked = await self._reception.go(machine, run=entry.went)
             except (Busy, MonitorUnavailable, QemuSilent) as error:  # it answers again, or ends
                 arrival.problem = f"it is here, and cannot be set going yet: {error.message}"
                 await machine.until(AT_REST, AGAIN_S)
@@ -236,7 +241,29 @@ class Endings:
         if entry.at_rest:
             await self._registry.look_back([machine])
         await asyncio.to_thread(self._note_owned, machine)
-        problem = arrival.problem
+        if locked:
+            self._wait(arrival, locked)
+        else:
+            await self._arrived(arrival)
+
+    def _wait(self, arrival: Arrival, locked: str) -> None:
+        """Has it set going later. It is held meanwhile, and the source is not: it may be its QEMU that has the lock."""
+        machine = arrival.machine
+        arrival.locked_out = True
+        arrival.problem = f"it is here, and waits for the lock of an image: {locked}"
+        _log.warning("machine waits for the lock of an image", extra={"machine": machine.name, "error": locked})
+        self._publish("machine.locked-out", machine.name, {"migration": arrival.migration, "peer": arrival.peer, "reason": locked})
+        self._tasks.start(self._unlocked(arrival, locked), f"lock:{machine.name}")
+
+    async def _unlocked(self, arrival: Arrival, locked: str) -> None:
+        obstacle = await unlocked(arrival.machine, lambda: self._reception.go(arrival.machine, run=True, patience_s=0), locked)
+        arrival.problem = f"it is here, and could not be set going: {obstacle}" if obstacle else ""
+        async with arrival.lock:
+            await self._arrived(arrival)
+
+    async def _arrived(self, arrival: Arrival) -> None:
+        """It is here for good, and runs if that is possible."""
+        machine, entry, problem = arrival.machine, self._ledger.get(arrival.migration), arrival.problem
         await self._persist(arrival, lambda: self._ledger.step(entry.id, Step.RUN, reason=problem), "to note that it is here")
         self._publish("machine.arrived", machine.name, {"migration": entry.id, "peer": entry.peer, "problem": problem})
         if entry.offer.postcopy:  # the rest of its memory may take minutes, and the source waits to hear that it runs
@@ -248,6 +275,8 @@ class Endings:
         """Puts an owned machine's QEMU back to what it would be without a migration. Until then the machine is held: the next migration
         of it would take what this one left for its own."""
         entry = self._ledger.get(arrival.migration)
+        if arrival.machine.launch is not None and arrival.machine.launch.incoming is not None:  # there was no room for it before
+            await asyncio.to_thread(self._note_owned, arrival.machine)
         if arrival.machine.state not in AT_REST:
             before = entry.before.dials if entry.before is not None else None
             await self._reception.settle_in(arrival.machine, before, postcopy=entry.offer.postcopy)

@@ -137,14 +137,14 @@ class Deliveries:
         while True:
             async with departure.lock:
                 if departure.decided.is_set():
-                    raise MigrationFailed("an operator decided that the machine stays here")
+                    raise MigrationFailed(f"an operator decided about the machine, which is {self._ledger.get(entry.id).phase}")
                 found = await self._taken(departure, link, handover)
             if found is not None:
                 break
             pause = await _waited(departure.decided, pause)
         if entry.offer.postcopy:
             await self._follow(departure, link, peer)
-        reason = found.reason
+        reason = found.reason or found.problem
         await self.persist(departure, lambda: self._ledger.step(entry.id, Step.CONFIRM, reason=reason), "to note that it has arrived")
         await self.follow(departure, link, found)
         await undivided(self.clear(departure), f"clear:{entry.machine}")

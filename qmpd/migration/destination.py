@@ -15,9 +15,9 @@ from typing import Final
 
 import msgspec
 
-from qmpd.errors import Busy, CannotMove, Held, HostError, MigrationFailed, MonitorUnavailable, NotFound, PeerError, QmpdError, WrongState
+from qmpd.errors import Busy, CannotMove, Held, MigrationFailed, MonitorUnavailable, NotFound, QmpdError, WrongState
 from qmpd.lifecycle import AT_REST, State
-from qmpd.machine import Machine, Publish
+from qmpd.machine import Publish
 from qmpd.migration.admission import Admissions
 from qmpd.migration.arrival import ANSWER_S, Arrival, Endings, last_words
 from qmpd.migration.ledger import Entry, Ledger
@@ -27,6 +27,7 @@ from qmpd.migration.premises import Premises
 from qmpd.migration.preparation import Preparation, definition_of
 from qmpd.migration.protocol import VERSION, Acceptance, Channel, Endpoint, Handover, Offer, Standing
 from qmpd.migration.reception import Reception
+from qmpd.migration.resolution import DestinationResolutions
 from qmpd.migration.shipping import NO_POSTCOPY
 from qmpd.migration.tunnel import Meter, Near, reached
 from qmpd.migration.wondering import ASK_S, Wondering
@@ -87,6 +88,9 @@ class Arrivals:
             arrivals=self._arrivals,
         )
         self._wondering = Wondering(ledger=ledger, endings=self._endings, reception=reception, peering=peering, publish=publish)
+        self.resolutions = DestinationResolutions(ledger=ledger, peering=peering, endings=self._endings, arrivals=self._arrivals)
+        #: What an earlier daemon left of migrations whose machine something else holds, or is another one by now.
+        self._stale: list[Entry] = []
         #: Offers for which a QEMU is being started.
         self._preparing: set[str] = set()
 
@@ -197,38 +201,6 @@ class Arrivals:
             problem=arrival.problem if arrival is not None else "",
         )
 
-    # What an operator decides who knows what became of the source.
-
-    async def resolve(self, machine: Machine, *, take: bool) -> None:
-        """Takes or discards a machine whose source does not say what became of it.
-
-        Raises:
-            WrongState: it is not in doubt.
-        """
-        arrival = next((one for one in self._arrivals.values() if one.machine is machine), None)
-        entry = self._ledger.get(arrival.migration) if arrival is not None else None
-        if arrival is None or entry is None or entry.phase not in UNOWNED or (take and entry.phase is not Phase.LOADED):
-            state = str(entry.phase if entry is not None else machine.state)
-            raise WrongState(
-                f"there is nothing to decide about machine {machine.name!r} here: it is {state}", state=state, allowed=["loaded"]
-            )
-        if take:
-            await self._not_kept(arrival)
-            await undivided(self._endings.take(arrival, Handover(epoch=entry.epoch, run=entry.went)), f"take:{machine.name}")
-        else:
-            await undivided(self._endings.discard(arrival, "an operator decided so"), f"discard:{machine.name}")
-
-    async def _not_kept(self, arrival: Arrival) -> None:
-        """Asks the source, if it can be asked. Raises WrongState where it has not given the machine away."""
-        try:
-            async with self._peering.dial(self._peering.peers.get(arrival.peer)) as link:
-                found = await link.standing(arrival.migration)
-        except (PeerError, NotFound, HostError):
-            return  # it is not there: the operator's word has to do
-        if found.phase not in {Phase.GIVEN, Phase.MOVED}:
-            message = f"{arrival.peer} answers, and has not given the machine away: there it is {found.phase}"
-            raise WrongState(message, state=str(found.phase), allowed=[str(Phase.GIVEN)])
-
     # After a restart of the daemon.
 
     def restore(self) -> None:
@@ -236,17 +208,35 @@ class Arrivals:
         for entry in self._ledger.unsettled("destination"):
             machine = self._registry.known(entry.machine)
             if machine is not None and machine.definition.arrived != entry.id:
-                _log.error("a migration is about another machine of this name and was left alone", extra={"migration": entry.id})
+                _log.error("a migration is about another machine of this name", extra={"machine": entry.machine, "migration": entry.id})
+                self._stale.append(entry)
                 continue
             try:
                 self._arrivals[entry.id] = Arrival(entry.id, entry.peer, machine or self._registry.expect(definition_of(entry)))
             except Held:
                 _log.error("a machine has more than one migration", extra={"machine": entry.machine, "migration": entry.id})
+                self._stale.append(entry)
 
     def go_on(self) -> None:
         """After processes were taken over: goes on with each where it stood."""
         for arrival in list(self._arrivals.values()):
             self._tasks.start(self._go_on(arrival), f"arrival:{arrival.machine.name}")
+        while self._stale:
+            entry = self._stale.pop()
+            self._tasks.start(self._put_right(entry), f"put-right:{entry.machine}")
+
+    async def _put_right(self, entry: Entry) -> None:
+        """Goes on with a machine as soon as nothing else holds it; of another one only says that nothing comes of the migration."""
+        machine = self._registry.known(entry.machine)
+        if machine is not None and machine.definition.arrived == entry.id:
+            while not await machine.when(lambda: machine.operation is None, FOUND_S):
+                pass
+            arrival = self._arrivals[entry.id] = Arrival(entry.id, entry.peer, machine)
+            await self._go_on(arrival)
+            return
+        if entry.phase in UNOWNED:
+            await self._ledger.step(entry.id, Step.DISCARD, reason="another machine has its name by now")
+        await self._ledger.settle(entry.id)
 
     async def _go_on(self, arrival: Arrival) -> None:
         await persist(
@@ -307,7 +297,7 @@ class Arrivals:
         """An owner that offers a machine again has kept it before, whether or not that was heard here."""
         for arrival in list(self._arrivals.values()):
             same = arrival.peer == peer and arrival.machine.definition.uuid == offer.uuid
-            if same and self._ledger.get(arrival.migration).phase in UNOWNED:
+            if same and self._ledger.get(arrival.migration).phase in {*UNOWNED, Phase.DISCARDED}:  # or waits until that is done
                 await self._endings.discard(arrival, f"the source offered the machine again, as migration {offer.id}")
 
     async def _attend(self, arrival: Arrival) -> None:

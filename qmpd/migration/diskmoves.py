@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -25,8 +24,9 @@ from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine
 from qmpd.migration import relocation
 from qmpd.migration.bitmaps import bitmaps
+from qmpd.migration.media import Medium, media
 from qmpd.migration.progress import DiskProgress
-from qmpd.migration.qemu import Qemu, ask_list, run_state
+from qmpd.migration.qemu import run_state
 from qmpd.migrationviews import DiskMoved, MoveDiskRequest
 from qmpd.plan import BlankImage
 from qmpd.plan.disks import disk_path, is_read_only
@@ -66,14 +66,6 @@ class DiskMove(msgspec.Struct, frozen=True, kw_only=True):
     halted: bool = False
 
 
-class _Medium(msgspec.Struct, frozen=True, kw_only=True):
-    """What QEMU has in a disk: the node, what the guest sees of it, and what the image has."""
-
-    node: str
-    virtual_bytes: int = 0
-    used_bytes: int = 0
-
-
 class DiskMoves:
     """Moves disks, one of a machine at a time."""
 
@@ -110,14 +102,14 @@ class DiskMoves:
             else:
                 tasks.start(self._settle_later(machine, move), f"settle-disk-move:{move.machine}")
 
-    async def _begun(self, machine: Machine, index: int, request: MoveDiskRequest) -> tuple[DiskMove, _Medium]:
+    async def _begun(self, machine: Machine, index: int, request: MoveDiskRequest) -> tuple[DiskMove, Medium]:
         definition = machine.definition
         spec, disk = definition.spec, definition.spec.disks[index]
         if definition.adoption is not None:
             raise CannotMove(f"machine {machine.name!r} was started by somebody else: qmpd does not know all of it")
         if is_read_only(disk):
             raise CannotMove(f"disk {index} is read-only: nothing of it can be lost, give the machine another one while it is at rest")
-        medium = await _medium(machine.session, index)
+        medium = (await media(machine.session)).get(index)
         if medium is None:
             raise CannotMove(f"disk {index} is in a slot of the board: QEMU cannot change what is in it while the guest runs")
         if noted := (await bitmaps(machine.session)).get(medium.node):
@@ -137,7 +129,7 @@ class DiskMoves:
         )
         return move, medium
 
-    def _check_target(self, path: str, medium: _Medium) -> None:
+    def _check_target(self, path: str, medium: Medium) -> None:
         found = examine([path], self._pools)[path]
         if found.kind == "missing":
             room = _room(path)
@@ -163,13 +155,13 @@ class DiskMoves:
                 await self._settled(machine, move)
             return DiskMoved(machine=machine.name, disk=index, path=move.path, format=move.format, bytes=medium.virtual_bytes)
 
-    async def _made(self, move: DiskMove, medium: _Medium) -> DiskMove:
+    async def _made(self, move: DiskMove, medium: Medium) -> DiskMove:
         await make((BlankImage(path=move.path, format=move.format, size_bytes=medium.virtual_bytes),), ())
         move = msgspec.structs.replace(move, made=await asyncio.to_thread(_mark, move.path))
         await self._note(move, move)
         return move
 
-    async def _relocated(self, machine: Machine, move: DiskMove, medium: _Medium, request: MoveDiskRequest, report: Report) -> None:
+    async def _relocated(self, machine: Machine, move: DiskMove, medium: Medium, request: MoveDiskRequest, report: Report) -> None:
         async def progressed(progress: DiskProgress) -> None:
             await report(Progress(phase="disk", done=float(progress.done_bytes), total=float(progress.total_bytes) or None, unit="bytes"))
 
@@ -228,7 +220,7 @@ class DiskMoves:
         if machine.state not in AT_REST:
             session = machine.session
             await relocation.undo(session, move.source, move.target)
-            medium = await _medium(session, move.index)
+            medium = (await media(session)).get(move.index)
             if medium is not None and medium.node == move.target:
                 await self._follow(machine, move)
                 with suppress(QemuRefused):  # it is gone already
@@ -245,21 +237,6 @@ class DiskMoves:
         found = (await self._store.read(key)).records.get(key)
         value = None if content is None else msgspec.msgpack.encode(content)
         await self._store.commit({key: 0 if found is None else found.revision}, {key: value})
-
-
-async def _medium(qemu: Qemu, index: int) -> _Medium | None:
-    """What is in a disk that the plan made a device of; None where there is no such device."""
-    for item in await ask_list(qemu, "query-block"):
-        device, inserted = str(item.get("qdev")), item.get("inserted")
-        if isinstance(inserted, Mapping) and (device == f"disk{index}" or f"/disk{index}/" in f"{device}/"):
-            image = inserted.get("image")
-            sizes = image if isinstance(image, Mapping) else {}
-            return _Medium(
-                node=str(inserted.get("node-name")),
-                virtual_bytes=int(sizes.get("virtual-size", 0)),
-                used_bytes=int(sizes.get("actual-size", 0)),
-            )
-    return None
 
 
 def _index(spec: MachineSpec, disk: str) -> int:

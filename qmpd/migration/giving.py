@@ -88,6 +88,7 @@ class Giving:
                 break
             except NOT_WRITTEN as error:
                 if not halfway or isinstance(error, StaleRevision | TooLarge):
+                    departure.giving = False
                     raise
                 departure.problem = f"it cannot be given away yet: {error.message}"
             except QmpdError as error:

@@ -6,6 +6,8 @@ away, so nothing here is undone. What is made in it is found by its name, so tha
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import socket
 from collections.abc import Callable, Mapping
 from typing import Final
@@ -25,6 +27,13 @@ from qmpd.migration.watch import Watch, watching
 STAYS: Final = "migrate-incoming.exit-on-error"
 #: What QEMU says of an address that somebody else listens at.
 _TAKEN: Final = "in use"
+#: What it says of an export that has a client.
+_IN_USE: Final = "still in use"
+#: The source has let go of its copies before its guest is here; what is on its way still takes a moment, through a tunnel longer.
+CLIENT_PATIENCE_S: Final = 5.0
+CLIENT_AGAIN_S: Final = 0.05
+
+_log = logging.getLogger(__name__)
 
 
 class Listen(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,15 +178,38 @@ async def end_exports(qemu: Qemu) -> None:
     A QEMU before 8.2 keeps its NBD server, without a disk in it, as long as it lives: `nbd-server-stop` waits for callers that have not
     said who they are, and with its whole main loop, so that it never hears them.
 
-    Raises:
-        QemuRefused: a client is still connected.
+    A client that is connected still is one that is about to leave, whose connection takes a moment longer through a tunnel, or nobody who
+    has any business here: it is waited for, and then its connection is cut. The source's copies are complete.
     """
     exports = [str(item.get("id")) for item in await ask_list(qemu, "query-block-exports")]
     ours = [name for name in exports if name.startswith(PREFIX)]
     for name in ours:
-        await qemu.execute("block-export-del", {"id": name})
+        await _end_export(qemu, name)
     if ours and len(ours) == len(exports) and await has_command(qemu, SINCE_8_2):
         await qemu.execute("nbd-server-stop")
+
+
+async def _end_export(qemu: Qemu, name: str) -> None:
+    loop = asyncio.get_running_loop()
+    until = loop.time() + CLIENT_PATIENCE_S
+    while True:
+        try:
+            await qemu.execute("block-export-del", {"id": name})
+        except QemuRefused as error:
+            if _IN_USE not in error.message:
+                raise
+        else:
+            return
+        if loop.time() > until:
+            break
+        await asyncio.sleep(CLIENT_AGAIN_S)
+    _log.warning("a client of a disk that has arrived does not leave and is cut off", extra={"export": name})
+    await qemu.execute("block-export-del", {"id": name, "mode": "hard"})
+    until = loop.time() + CLIENT_PATIENCE_S
+    while name in {str(item.get("id")) for item in await ask_list(qemu, "query-block-exports")}:
+        if loop.time() > until:
+            raise MigrationFailed(f"QEMU does not end its export {name}")
+        await asyncio.sleep(CLIENT_AGAIN_S)
 
 
 async def settle(qemu: Qemu, before: capabilities.Dials) -> None:

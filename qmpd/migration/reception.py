@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from qmpd.credentials import directory, distinguished_name
-from qmpd.errors import CannotMove, QmpdError
+from qmpd.errors import CannotMove, QemuRefused, QmpdError
 from qmpd.facts import MachinePaths
 from qmpd.forwards import remake
 from qmpd.launching import Launch
@@ -48,6 +48,8 @@ _ANNOUNCEMENT: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 #: The source's QEMU lets go of a shared image's lock when it has said `completed`; on a network the lock may be seen later.
 LOCK_PATIENCE_S: Final = 10.0
 LOCK_AGAIN_S: Final = 0.05
+#: In whatever QEMU says of a lock that it does not get.
+_LOCKED: Final = "lock"
 #: Renaming a few files either works or does not; the guest stands still meanwhile.
 NUMBERING_ATTEMPTS: Final = 3
 NUMBERING_AGAIN_S: Final = 0.2
@@ -288,48 +290,59 @@ class Reception:
             try:
                 await self._desk.number(delivery, pipes, ends)
                 break
-            except QmpdError as error:
-                _log.error("console logs are not numbered", extra={"machine": machine.name, "error": error.message})
+            except (QmpdError, OSError) as error:
+                _log.error("console logs are not numbered", extra={"machine": machine.name, "error": str(error)})
         for port, console in machine.consoles.items():
             if (path := self._pipes(machine).get(f"serial{port}")) is not None:
-                await console.moved(path)
+                try:
+                    await console.moved(path)
+                except OSError as error:
+                    _log.error("a console's log cannot be read", extra={"machine": machine.name, "error": str(error)})
 
     async def secure(self, delivery: Delivery) -> None:
         """What came outlives a crash of the host, as well as that can be had: the source removes its own next."""
         try:
             await self._desk.place(delivery)
-        except QmpdError as error:
-            _log.warning("files of a machine are not on disk yet", extra={"machine": delivery.spec.name, "error": error.message})
+        except (QmpdError, OSError) as error:
+            _log.warning("files of a machine are not on disk yet", extra={"machine": delivery.spec.name, "error": str(error)})
 
     def _pipes(self, machine: Machine) -> Mapping[str, str]:
         return machine.launch.pipes if machine.launch is not None else {}
 
     async def logs(self, delivery: Delivery) -> tuple[LogReceived, ...]:
-        """How much is here of the logs."""
-        return await self._desk.logs(delivery)
+        """How much is here of the logs; nothing of those that cannot be read."""
+        try:
+            return await self._desk.logs(delivery)
+        except (QmpdError, OSError) as error:
+            _log.error("console logs cannot be read", extra={"machine": delivery.spec.name, "error": str(error)})
+            return ()
 
-    async def go(self, machine: Machine, *, run: bool) -> None:
-        """Sets the guest going if it ran at the source, and did not stop by itself at the last moment.
+    async def go(self, machine: Machine, *, run: bool, patience_s: float | None = None) -> str:
+        """Sets the guest going if it ran at the source, and did not stop by itself at the last moment. Where the lock of an image is not
+        free in time, the answer is what QEMU says of it; otherwise it is empty.
 
         Raises:
-            QemuRefused: QEMU does not do it, because a disk is still locked, say.
+            QemuRefused: QEMU does not do it.
         """
         session = machine.session
         if not run or await run_state(session) in _STOPPED_ITSELF:
             await session.ask_status(session.monitor)
-            return
+            return ""
         loop = asyncio.get_running_loop()
-        until = loop.time() + LOCK_PATIENCE_S
+        until = loop.time() + (LOCK_PATIENCE_S if patience_s is None else patience_s)
         while True:
             try:
                 await session.execute("cont")
                 break
-            except QmpdError as error:
-                if "lock" not in error.message or loop.time() > until:
+            except QemuRefused as error:
+                if _LOCKED not in error.message or loop.time() > until:
                     await session.ask_status(session.monitor)
+                    if _LOCKED in error.message:
+                        return error.message
                     raise
             await asyncio.sleep(LOCK_AGAIN_S)
         await machine.until(frozenset({State.RUNNING}), EFFECT_DEADLINE_S)
+        return ""
 
     async def settle_in(self, machine: Machine, before: Dials | None, *, postcopy: bool) -> None:
         """What may happen while the guest runs: the network is told where the machine is, and QEMU is as if it had never migrated. With

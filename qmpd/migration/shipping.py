@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
@@ -29,11 +28,12 @@ from qmpd.migration.consignment import check_formats, packed, sizes_at_rest
 from qmpd.migration.convergence import Abilities, Abort, Decision, Pause, Postcopy, Set, Tuner, opening, unattainable
 from qmpd.migration.ledger import Entry
 from qmpd.migration.measuring import sample_of
+from qmpd.migration.media import media
 from qmpd.migration.mirror import DiskCopy
 from qmpd.migration.outgoing import Before, Outgoing, recall
 from qmpd.migration.progress import Progress as Figures
 from qmpd.migration.protocol import VERSION, Acceptance, Channel, DiskOffer, FileMark, Offer
-from qmpd.migration.qemu import Qemu, ask_list
+from qmpd.migration.qemu import ask_list
 from qmpd.migration.tls import ClientTls
 from qmpd.migration.tunnel import Meter, entrances, explained
 from qmpd.migrationviews import Goal, MigrateRequest, MigrationProgress, MovedDisk
@@ -58,8 +58,6 @@ _LEAVING: Final = frozenset({"finish-migrate", "postmigrate"})
 
 #: The sockets at which QEMU reaches the tunnel; no longer than the monitor's, whose length was checked.
 _ENTRANCES: Final[dict[Channel, str]] = {"memory": "to-mem", "disks": "to-nbd"}
-#: A disk's device, by its id or its path (virtio's backend is below it).
-_DEVICE: Final = re.compile(r"(?:^|/)disk([0-9]+)(?:/|$)")
 NO_POSTCOPY: Final = (
     "memory that follows a guest which runs already cannot come through a tunnel: the guest would be lost with the daemon's connection"
 )
@@ -273,14 +271,16 @@ class Shipping:
             raise CannotMove(obstacle)
         begun = opening(goal, abilities)
         copied = [disk for disk in accepted.disks if disk.how == "copy" and disk.export is not None]
-        nodes = await nodes_in_use(machine.session)
+        inserted = await media(machine.session)
         way = await self._way(machine, entry, accepted, peer)
         wanted = outgoing.Sending(
             memory=way.memory,
             secret=way.secret,
             disks_at=way.disks_at,
             disks=tuple(
-                DiskCopy(node=nodes.get(disk.index, node_of(disk.index)), export=disk.export) for disk in copied if disk.export is not None
+                DiskCopy(node=inserted[disk.index].node if disk.index in inserted else node_of(disk.index), export=disk.export)
+                for disk in copied
+                if disk.export is not None
             ),
             tls=way.tls,
             agreed=Agreed(channels=accepted.channels, postcopy=accepted.postcopy, bitmaps=accepted.bitmaps),
@@ -366,16 +366,6 @@ def _check_bitmaps(noted: Mapping[str, tuple[Bitmap, ...]], disks: Iterable[Disk
     for disk in disks:
         if disk.format not in {None, "qcow2"} and any(bitmap.persistent for bitmap in noted.get(node_of(disk.index), ())):
             raise CannotMove(f"disk {disk.index} has bitmaps, which no {disk.format} image can keep: copy it as qcow2, or remove them")
-
-
-async def nodes_in_use(qemu: Qemu) -> dict[int, str]:
-    """The nodes of the disks: of one that moved to another file while its guest ran, not the one that the plan names."""
-    found: dict[int, str] = {}
-    for item in await ask_list(qemu, "query-block"):
-        device, inserted = _DEVICE.search(str(item.get("qdev"))), item.get("inserted")
-        if device is not None and isinstance(inserted, dict) and inserted.get("node-name"):
-            found[int(device[1])] = str(inserted["node-name"])
-    return found
 
 
 def mark_of(path: str) -> FileMark | None:

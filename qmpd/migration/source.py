@@ -29,6 +29,7 @@ from qmpd.migration.outgoing import Before
 from qmpd.migration.phases import FIRST, KEEPABLE, Phase, Step
 from qmpd.migration.protocol import DiscardRequest, Offer, Standing
 from qmpd.migration.rehearsal import Rehearsals
+from qmpd.migration.resolution import SourceResolutions
 from qmpd.migration.shipping import LIVE, Shipping
 from qmpd.migrationviews import DryRunReport, GoalChanges, MigrateRequest, MigrationReport
 from qmpd.peering import Peering
@@ -74,6 +75,7 @@ class Departures:
         self._carriage = Carriage(
             registry=registry, ledger=ledger, journal=journal, shipping=shipping, rehearsals=rehearsals, giving=self._giving
         )
+        self.resolutions = SourceResolutions(ledger=ledger, peering=peering, deliveries=self._deliveries, departures=self._departures)
 
     def close(self) -> None:
         """The daemon ends: what cannot be done now is left to the next one."""
@@ -144,34 +146,6 @@ class Departures:
     def _of(self, machine: Machine) -> Departure | None:
         return next((one for one in self._departures.values() if one.machine is machine), None)
 
-    async def resolve(self, machine: Machine) -> None:
-        """Takes a machine back that was given away, on the word of somebody who knows that the other host does not run it. Where that host
-        can be asked, it is asked all the same.
-
-        Raises:
-            WrongState: it was not given away, or the other host says that it has it.
-        """
-        departure = self._of(machine)
-        if departure is None or self._ledger.get(departure.migration).phase is not Phase.GIVEN or departure.taken:
-            what = "runs at its destination" if departure is not None and departure.taken else "was not given away"
-            raise WrongState(f"machine {machine.name!r} {what}", state=str(machine.state), allowed=[str(Phase.GIVEN)])
-        departure.decided.set()
-        async with departure.lock:
-            await self._not_taken(departure)
-            await undivided(self._deliveries.take_back(departure, "an operator decided so"), f"take-back:{machine.name}")
-
-    async def _not_taken(self, departure: Departure) -> None:
-        """Asks the destination, if it can be asked, to discard what it has. Raises WrongState where it has taken the machine."""
-        entry = self._ledger.get(departure.migration)
-        try:
-            async with self._peering.dial(self._peering.peers.get(entry.peer)) as link:
-                found = await link.discard(entry.id, DiscardRequest(reason="an operator of the source keeps the machine"))
-        except (PeerError, NotFound, HostError):
-            return  # it is not there: the operator's word has to do
-        if found.phase in {Phase.TAKEN, Phase.ARRIVED}:
-            departure.decided.clear()
-            raise WrongState(f"{entry.peer} has taken the machine: it runs there", state=str(found.phase), allowed=[str(Phase.LOADED)])
-
     def standing(self, entry: Entry) -> Standing:
         """How far this side is."""
         departure = self._departures.get(entry.id)
@@ -227,6 +201,9 @@ class Departures:
         await self._deliveries.persist(departure, lambda: self._gone_on(departure), "to go on with its migration")
 
     async def _gone_on(self, departure: Departure) -> None:
+        async with departure.lock:
+            if departure.decided.is_set():
+                return  # a person has decided, and what follows is done
         entry, given = self._ledger.get(departure.migration), departure.machine.definition.given
         mine = given is not None and given.migration == entry.id
         if entry.phase in KEEPABLE and not mine:
@@ -262,7 +239,8 @@ class Departures:
             except (MigrationFailed, PeerError) as error:  # its destination has lost it, or somebody has ended this half
                 await self._kept(departure, error.message, lost=True)
                 return
-        await self._giving.give(departure, went=entry.went, halfway=True)
+        if entry.phase is not Phase.GIVEN:
+            await self._giving.give(departure, went=entry.went, halfway=True)
         await self._delivered_again(departure)
 
     async def _delivered_again(self, departure: Departure) -> None:
@@ -271,7 +249,7 @@ class Departures:
             try:
                 await self._deliveries.deliver(departure, link, peer)
             except MigrationFailed as error:
-                _log.warning("machine came back", extra={"machine": departure.machine.name, "reason": error.message})
+                _log.warning("migration did not come to its end", extra={"machine": departure.machine.name, "reason": error.message})
 
     # Until it is given away.
 

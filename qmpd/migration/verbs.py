@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Final
 
 from qmpd.access import Caller
-from qmpd.errors import NotFound, Problem, WrongState, invalid
+from qmpd.errors import GoingDown, Held, NotFound, Problem, WrongState, invalid
 from qmpd.jobs import Jobs
 from qmpd.journal import Journal
-from qmpd.machine import Publish
+from qmpd.machine import Machine, Publish
 from qmpd.migration.admission import Admissions
 from qmpd.migration.destination import Arrivals
 from qmpd.migration.fingerprints import Fingerprints
 from qmpd.migration.itemdesk import ItemDesk
 from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.likeness import DestinationFacts
-from qmpd.migration.phases import ENDED, KEEPABLE, Phase
+from qmpd.migration.phases import ENDED, KEEPABLE, UNOWNED, Phase
 from qmpd.migration.premises import Premises
 from qmpd.migration.protocol import Acceptance, Channel, DiscardRequest, Endpoint, Handover, Landed, LoadedRequest, Offer, Standing
 from qmpd.migration.reception import Reception
@@ -26,6 +27,7 @@ from qmpd.migration.shipping import NO_POSTCOPY, Shipping
 from qmpd.migration.source import MOVABLE, Departures
 from qmpd.migration.trial import Trials
 from qmpd.migration.tunnel import Meter, Near
+from qmpd.migration.vacancies import Vacancies
 from qmpd.migrationviews import GoalChanges, MigrateRequest, MigrationList, MigrationView, Owner, ResolveRequest
 from qmpd.peering import Peering
 from qmpd.planning import Planning
@@ -34,6 +36,8 @@ from qmpd.settings import Settings
 from qmpd.tasks import Tasks
 from qmpd.views import JobView
 
+#: What was received is killed, and ends at once; a host that goes down does not wait for what hangs.
+TURN_AWAY_S: Final = 30.0
 #: Who owns the machine in each phase, by what this side knows.
 _OWNERS: dict[Phase, Owner] = {
     Phase.BEGUN: "source",
@@ -66,12 +70,16 @@ class Migration:
         admissions: Admissions,
         items: ItemDesk,
         publish: Publish,
+        refuse: Callable[[str], None],
     ) -> None:
+        """`refuse` raises GoingDown while the host goes down, with what cannot be done with a machine meanwhile."""
         self._registry = registry
         self._ledger = ledger
         self._peering = peering
         self._jobs = jobs
         self._tasks = Tasks()
+        self._refuse = refuse
+        self._vacancies = Vacancies(ledger, refuse)
         fingerprints, shipping = Fingerprints(settings.pools), Shipping(settings.pki_dir, registry.paths)
         premises = Premises(settings, registry, planning, fingerprints)
         self._trials = Trials(planning, premises, settings.run_dir)
@@ -105,6 +113,7 @@ class Migration:
         Raises:
             NotFound, Forbidden: there is no such peer, or it may not receive machines.
             WrongState, GivenAway: the machine cannot be moved now.
+            GoingDown: it is about to be ended with its host.
             Invalid: what is asked for cannot be had together.
         """
         if request.tunnel and request.goal.then == "postcopy":
@@ -113,6 +122,7 @@ class Migration:
         self._peering.peers.receiver(request.peer)
         machine.definition.check_owned()
         machine.require(MOVABLE, "migrate")
+        self._refuse("moved")
         work = self._departures.rehearse if request.dry_run else self._departures.migrate
         kind = "migrate-dry-run" if request.dry_run else "migrate"
         return await self._jobs.begin_reporting(kind, name, lambda report: work(machine, request, report))
@@ -144,20 +154,52 @@ class Migration:
         entry = self._ledger.of(name)
         if entry is None:
             raise WrongState(f"no migration of machine {name!r} is under way", state=str(machine.state), allowed=[])
-        if (request.action == "keep") is not (entry.role == "source"):
-            allowed = ["keep"] if entry.role == "source" else ["take", "discard"]
+        allowed = ["keep", "moved"] if entry.role == "source" else ["take", "discard"]
+        if request.action not in allowed:
             raise WrongState(f"this host is the {entry.role}: {request.action!r} is for the other one", state=entry.role, allowed=allowed)
         if request.action == "keep":
-            await self._departures.resolve(machine)
+            await self._departures.resolutions.keep(machine)
+        elif request.action == "moved":
+            await self._departures.resolutions.forget(machine)
         else:
-            await self._arrivals.resolve(machine, take=request.action == "take")
+            await self._arrivals.resolutions.resolve(machine, take=request.action == "take")
         return self._view(self._ledger.get(entry.id))
+
+    def check_here(self, machine: Machine) -> None:
+        """Raises GivenAway where the guest of this machine goes on elsewhere, whatever is done here, and Held where that is decided now."""
+        machine.definition.check_owned()
+        entry = self._ledger.of(machine.name)
+        departure = self._departures.under_way(entry.id) if entry is not None else None
+        if entry is not None and departure is not None and departure.machine is machine and departure.giving and entry.phase in KEEPABLE:
+            raise Held(f"machine {machine.name!r} is just being given to {entry.peer}", holder="migrate", state=str(machine.state))
 
     # For peers.
 
     async def offer(self, caller: Caller, offer: Offer) -> Acceptance:
-        """Gets ready for a machine of a peer that may send some."""
-        return await self._arrivals.offer(self._peering.peers.sender(caller), offer)
+        """Gets ready for a machine of a peer that may send some.
+
+        Raises:
+            GoingDown, Busy: there is no place for it now; nothing was made for it. Otherwise as `Arrivals.offer`.
+        """
+        peer = self._peering.peers.sender(caller)
+        try:
+            with self._vacancies.taken(peer.name, offer):
+                return await self._arrivals.offer(peer, offer)
+        except GoingDown as refusal:
+            with suppress(NotFound):  # nothing was begun
+                await self._arrivals.discard(peer.name, offer.id, refusal.message)
+            raise
+
+    async def turned_away(self) -> None:
+        """The host goes down: what has not arrived is discarded, so that its source keeps it, or takes it back.
+
+        In postcopy the guest may be here in part, and nowhere as a whole: it is let come.
+        """
+        coming = [entry for entry in self._ledger.unsettled("destination") if entry.phase in UNOWNED and not entry.offer.postcopy]
+        reason = "the host of the destination goes down"
+        ending = [self._tasks.start(self._arrivals.discard(one.peer, one.id, reason), f"turn-away:{one.machine}") for one in coming]
+        if ending:
+            await asyncio.wait(ending, timeout=TURN_AWAY_S)
 
     async def tried(self, caller: Caller, offer: Offer) -> DestinationFacts:
         """Tries a machine of a peer that may send some: what this host has for it, and what its QEMU would be made of here."""
@@ -212,6 +254,7 @@ class Migration:
         try:
             yield
         finally:
+            self._vacancies.closing = True
             self._departures.close()
             self._arrivals.close()
             await self._jobs.interrupt()

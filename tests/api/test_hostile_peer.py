@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from qmpd.access import Role
+from qmpd.migration.protocol import VERSION
 from qmpd.pki import certificates
 from qmpd.pki.certificates import KeyPair
 from qmpd.pki.directory import CLIENT, INVITATIONS, Pki
@@ -201,6 +202,44 @@ async def test_a_name_that_cannot_be_one_leads_nowhere(door: Door) -> None:
             assert b"root:" not in answer
             assert b"\r\nX: y" not in answer
         assert await door.belongings() == before
+
+
+OFFER: dict[str, object] = {
+    "protocol": VERSION,
+    "id": "0" * 16,
+    "epoch": 1,
+    "spec": {"name": "m1", "board": "x86_64-q35"},
+    "uuid": "00000000-0000-4000-8000-000000000001",
+    "created_at": "c",
+    "changed_at": "c",
+    "state": "running",
+    "machine": "pc-q35-7.2",
+    "accel": "tcg",
+    "emulator_version": "7.2.22",
+}
+BAD: tuple[tuple[str, object], ...] = (
+    ("uuid", "00000000-0000-4000-8000-00000000000G"),
+    ("uuid", "00000000-0000-4000-8000-00000000000A\n"),
+    ("uuid", "../../etc/passwd"),
+    ("id", "../../etc/passwd"),
+    ("epoch", 0),
+    ("spec", {"name": "..", "board": "x86_64-q35"}),
+    ("spec", {"name": "m1", "board": "x86_64-q35", "uuid": "x"}),
+)
+
+
+@pytest.mark.parametrize(("field", "value"), BAD, ids=str)
+async def test_an_offer_that_cannot_be_right_is_refused_by_the_name_of_its_field(door: Door, field: str, value: object) -> None:
+    place = await asyncio.to_thread(_held, door, await asyncio.to_thread(door.pki.issue, "b", "peer", (LOOPBACK,)), "b")
+    context, before = await asyncio.to_thread(door.context, place), await door.belongings()
+    body = json.dumps({**OFFER, field: value}).encode()
+    answer = await door.said(http("POST", "/v1/peer/migrations", body, "Content-Type: application/json"), context)
+    assert answer.split()[1] == b"422", answer
+    (problem,) = json.loads(answer.partition(b"\r\n\r\n")[2])["details"]["problems"]
+    assert problem["path"].startswith(f"$.{field}")
+    assert await door.belongings() == before
+    assert door.daemon.service.migration.list().migrations == ()
+    assert not (door.directory / "d/s/machines/m1").exists()
 
 
 @pytest.mark.parametrize("path", ["/v1/pki/join", "/v1/peer", "/v1/machines"])

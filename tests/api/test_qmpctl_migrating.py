@@ -309,7 +309,7 @@ def test_a_migration_is_resolved_on_somebodys_word_only(daemon: StandIn, capsys:
     assert run(["migration-resolve", "lab", "--take"]) == Exit.USAGE
     assert "--yes" in capsys.readouterr().err
     assert daemon.asked == []
-    for action in ("keep", "take", "discard"):
+    for action in ("keep", "take", "discard", "moved"):
         assert run(["migration-resolve", "lab", f"--{action}", "--yes"]) == Exit.OK
         assert daemon.last("POST /v1/machines/lab/migration/resolve").body == {"action": action, "confirm": "lab"}
     assert "hostb (from there)" in capsys.readouterr().out

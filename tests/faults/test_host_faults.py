@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import resource
 import signal
 import socket
@@ -19,6 +18,7 @@ from qmpd.spec import BlankDisk, Forward, UserNic
 from tests.faults.witness import AT_REST, Bench, document_of, pid_of, request, serving, swept, told, until
 from tests.guests.build import Guest
 from tests.process.test_serve import PATIENCE_S
+from tests.unavailable import need_root
 
 pytestmark = pytest.mark.qemu
 
@@ -36,10 +36,7 @@ async def bench(short_directory: Path) -> AsyncIterator[Bench]:
 @pytest.fixture
 def few_inodes(short_directory: Path) -> Iterator[Path]:
     """A file system with room for few files."""
-    if os.geteuid() != 0:
-        if os.environ.get("CI") == "true":
-            pytest.fail("needs root to mount a small file system, and CI must not skip it")
-        pytest.skip("needs root to mount a small file system")
+    need_root("mount a small file system")
     path = short_directory / "few"
     path.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,nr_inodes=40", "tmpfs", str(path)], check=True, timeout=PATIENCE_S)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -20,6 +19,7 @@ from qmpd.settings import Settings, SettingsFile, merged, system_defaults
 from qmpd.spec import MachineSpec
 from qmpd_api.application import create
 from qmpd_api.server import serve
+from tests.unavailable import tool
 
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "systemd"
@@ -68,16 +68,6 @@ def words(unit: str, key: str) -> list[str]:
     return " ".join(settings_of(unit).get(key, [])).split()
 
 
-def tool(name: str) -> str:
-    """The path of one of systemd's tools."""
-    path = shutil.which(name)
-    if path is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"{name} is missing (Debian: the package systemd), and CI must not skip this")
-        pytest.skip(f"{name} is not installed")
-    return path
-
-
 def run(*command: str, **environ: str) -> str:
     """What a tool prints, which must not fail."""
     done = subprocess.run(
@@ -106,18 +96,19 @@ def installed(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("unit", SYSTEM)
 def test_systemd_finds_nothing_wrong_with_a_unit(unit: str, installed: Path) -> None:
-    assert run(tool("systemd-analyze"), "verify", "--man=no", str(installed / unit), SYSTEMD_UNIT_PATH=f"{installed}:") == ""
+    assert run(tool("systemd-analyze", "systemd"), "verify", "--man=no", str(installed / unit), SYSTEMD_UNIT_PATH=f"{installed}:") == ""
 
 
 def test_systemd_finds_nothing_wrong_with_the_unit_of_a_user(installed: Path) -> None:
     unit = installed / "user" / "qmpd.service"
-    assert run(tool("systemd-analyze"), "--user", "verify", "--man=no", str(unit), XDG_RUNTIME_DIR=str(installed)) == ""
+    assert run(tool("systemd-analyze", "systemd"), "--user", "verify", "--man=no", str(unit), XDG_RUNTIME_DIR=str(installed)) == ""
 
 
 def test_the_daemon_is_no_more_exposed_than_the_documentation_says(installed: Path) -> None:
     unit = installed / "qmpd.service"
     measured = re.search(
-        r"Overall exposure level for qmpd.service: (\d+\.\d)", run(tool("systemd-analyze"), "security", "--offline=yes", str(unit))
+        r"Overall exposure level for qmpd.service: (\d+\.\d)",
+        run(tool("systemd-analyze", "systemd"), "security", "--offline=yes", str(unit)),
     )
     documented = re.search(r"exposure of (\d+\.\d)", (ROOT / "docs" / "systemd.md").read_text(encoding="utf-8"))
 
@@ -127,7 +118,7 @@ def test_the_daemon_is_no_more_exposed_than_the_documentation_says(installed: Pa
 
 
 def test_the_user_and_the_group_can_be_made() -> None:
-    assert "ignoring" not in run(tool("systemd-sysusers"), "--dry-run", str(UNITS / "sysusers.d" / "qmpd.conf"))
+    assert "ignoring" not in run(tool("systemd-sysusers", "systemd"), "--dry-run", str(UNITS / "sysusers.d" / "qmpd.conf"))
 
 
 def test_every_part_means_the_same_user() -> None:

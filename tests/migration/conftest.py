@@ -15,9 +15,10 @@ from qmpd.pki.directory import AUTHORITY, REVOKED, Pki
 from tests.guests.build import Guest
 from tests.migration.disks import Writers
 from tests.migration.ends import Ends, ends_in
-from tests.migration.network import Network, NoNetworks, leftovers, network, unavailable
+from tests.migration.network import Network, NoNetworks, leftovers, network
 from tests.migration.onlooker import Onlooker, onlooking
 from tests.process.emulator import PATIENCE_S, emulators_in
+from tests.unavailable import unavailable
 
 
 @pytest.fixture

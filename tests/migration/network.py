@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Final, NoReturn, TypeVar
+from typing import Final, TypeVar
 
 import msgspec
-import pytest
 
 from tests.migration.guardian import Guardian, guarding
 
@@ -42,13 +41,6 @@ _numbers: Final = itertools.count()
 
 class NoNetworks(Exception):
     """This user may not make network namespaces, or the tools for it are not installed; the message says which."""
-
-
-def unavailable(reason: NoNetworks) -> NoReturn:
-    """Skips the test on a host that cannot make networks; where all is to be proven, the test fails."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(str(reason))
-    pytest.skip(str(reason))
 
 
 class Station(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,7 +9,8 @@ from tests.guests.build import Guest
 from tests.machines import spec_of
 from tests.migration.crashes import PROMISED, Case, Point, said, suffered, survey
 from tests.migration.hosts import hosts
-from tests.migration.network import NoNetworks, unavailable
+from tests.migration.network import NoNetworks
+from tests.unavailable import unavailable
 
 pytestmark = pytest.mark.qemu
 

@@ -8,8 +8,9 @@ from scripts.lib import migrations
 from tests.guests.build import Guest
 from tests.migration.crashes import OF_MIGRATION, Case, Point, said
 from tests.migration.hosts import hosts
-from tests.migration.network import NoNetworks, unavailable
+from tests.migration.network import NoNetworks
 from tests.migration.resting import HARMS_AT_REST, suffered_at_rest, survey_at_rest
+from tests.unavailable import unavailable
 
 pytestmark = pytest.mark.qemu
 

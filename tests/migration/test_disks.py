@@ -11,9 +11,10 @@ import msgspec
 import pytest
 
 from qmpd.errors import MigrationFailed, QemuRefused
-from qmpd.migration import capabilities, mirror
+from qmpd.migration import capabilities, incoming, mirror
 from qmpd.migration.addresses import Address, TcpAddress, TcpRange
 from qmpd.migration.incoming import Endpoint, Listen, listen, wait_loaded
+from qmpd.migration.qemu import PREFIX
 from qmpd.migration.tls import ClientTls, ServerTls
 from tests.migration.disks import DISK_BYTES, NODE, Writers
 from tests.migration.ends import End, GivenUpError, at, attempt, giving_up_at, go_on, is_tidy, moved, outgoing_to, signalling_at, unchanged
@@ -183,6 +184,28 @@ async def test_callers_that_have_no_business_here_harm_nothing(writers: Writers,
         await writers.written(destination, 4)
     await destination.monitor.execute("stop")
     writers.check(copy, source, destination)
+
+
+@pytest.mark.parametrize("leaves", [True, False], ids=["leaves", "stays"])
+async def test_a_client_of_a_disk_that_has_arrived_is_waited_for_and_then_cut_off(
+    writers: Writers, monkeypatch: pytest.MonkeyPatch, leaves: bool
+) -> None:
+    directory, copy = writers.ends.directory, writers.image()
+    destination, client = await writers.destination(copy), await writers.ends.start()
+    await listen(destination.monitor, Listen(memory=at(directory), disks_at=at(directory, "disks"), disks=(NODE,)))
+    server = {"type": "unix", "path": str(directory / "disks")}
+    await client.monitor.execute("blockdev-add", {"driver": "nbd", "node-name": "client", "server": server, "export": NODE})
+    with pytest.raises(QemuRefused, match="still in use"):
+        await destination.monitor.execute("block-export-del", {"id": f"{PREFIX}-{NODE}"})
+    if not leaves:
+        monkeypatch.setattr(incoming, "CLIENT_PATIENCE_S", 0.3)
+    async with asyncio.TaskGroup() as group:
+        ending = group.create_task(incoming.end_exports(destination.monitor))
+        if leaves:
+            await asyncio.sleep(3 * incoming.CLIENT_AGAIN_S)
+            assert not ending.done()
+            await client.monitor.execute("blockdev-del", {"node-name": "client"})
+    assert await destination.monitor.execute("query-block-exports") == []
 
 
 async def opened(address: Address | None) -> asyncio.StreamWriter:

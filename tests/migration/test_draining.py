@@ -16,8 +16,9 @@ from qmpd.views import ExitView
 from tests.guests.build import Guest
 from tests.machines import spec_of
 from tests.migration.hosts import Host, hosts
-from tests.migration.network import NoNetworks, unavailable
+from tests.migration.network import NoNetworks
 from tests.migration.traveller import PATIENCE_S
+from tests.unavailable import unavailable
 
 pytestmark = pytest.mark.qemu
 

@@ -24,11 +24,12 @@ from tests.api.lab import Daemon, port
 from tests.guests.build import Guest
 from tests.machines import copy_of, spec_of
 from tests.migration.hosts import hosts
-from tests.migration.network import NoNetworks, unavailable
+from tests.migration.network import NoNetworks
 from tests.migration.test_moves import HUNG_S, LOOK_S, counting, ended, known, moved, pair, printed
 from tests.migration.test_moving_disks import written
 from tests.newer_qemu import OTHER_QEMU
 from tests.process.emulator import QEMU
+from tests.unavailable import unavailable
 
 __all__ = ["counting"]
 

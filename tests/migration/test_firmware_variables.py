@@ -17,6 +17,7 @@ from qmpd.monitor import Monitor
 from qmpd.spec import MachineSpec, PflashFirmware
 from qmpd.tasks import background
 from tests.process.emulator import Emulator, Emulators, emulators_in
+from tests.unavailable import unavailable
 
 pytestmark = pytest.mark.qemu
 
@@ -65,7 +66,7 @@ async def migrated(source: Monitor, destination: Monitor, socket: Path) -> None:
 @pytest.mark.parametrize("runs", [True, False], ids=["goes on", "stays halted"])
 async def test_variables_are_there_whether_the_guest_runs_or_not(directory: Path, runs: bool) -> None:
     if not CODE.exists():
-        pytest.skip("OVMF is not installed (package ovmf)")
+        unavailable("OVMF is not installed (Debian: the package ovmf)")
     here = directory / "here.fd"
     shutil.copyfile(TEMPLATE, here)
     (directory / "own").mkdir()

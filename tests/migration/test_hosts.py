@@ -10,8 +10,9 @@ import pytest
 from tests.guests.build import Guest
 from tests.machines import spec_of
 from tests.migration.hosts import Hosts, hosts, stopped
-from tests.migration.network import NoNetworks, leftovers, unavailable
+from tests.migration.network import NoNetworks, leftovers
 from tests.migration.onlooker import Onlooker
+from tests.unavailable import unavailable
 
 pytestmark = pytest.mark.qemu
 

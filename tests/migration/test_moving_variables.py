@@ -14,6 +14,7 @@ from qmpd.spec import MachineSpec, PflashFirmware
 from qmpd.views import StartRequest
 from tests.migration.test_firmware_variables import CODE, TEMPLATE, written
 from tests.migration.test_moves import ended, moved, pair
+from tests.unavailable import unavailable
 
 pytestmark = pytest.mark.qemu
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.qemu
 def uefi(short_directory: Path) -> MachineSpec:
     """A UEFI machine whose variables were made of a file that may go."""
     if not CODE.exists():
-        pytest.skip("OVMF is not installed (package ovmf)")
+        unavailable("OVMF is not installed (Debian: the package ovmf)")
     template = short_directory / "template.fd"
     shutil.copyfile(TEMPLATE, template)
     firmware = PflashFirmware(code=str(CODE), vars=str(template))

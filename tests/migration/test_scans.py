@@ -16,9 +16,10 @@ from tests.guests.build import Guest
 from tests.machines import spec_of
 from tests.migration.crashes import PRINTED, Sides, asked, ended
 from tests.migration.hosts import Hosts, hosts, stopped
-from tests.migration.network import NoNetworks, unavailable
+from tests.migration.network import NoNetworks
 from tests.migration.strangers import WORDS, breaks_off, impostors, says
 from tests.migration.traveller import Traveller
+from tests.unavailable import unavailable
 
 pytestmark = pytest.mark.qemu
 

@@ -8,7 +8,8 @@ from scripts.lib import migrations
 from scripts.lib.migration_soak import BOARDS, measure
 from tests.conftest import ROOT
 from tests.guests.build import Guest
-from tests.migration.network import NoNetworks, unavailable
+from tests.migration.network import NoNetworks
+from tests.unavailable import unavailable
 
 pytestmark = pytest.mark.qemu
 

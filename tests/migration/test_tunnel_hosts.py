@@ -13,7 +13,8 @@ from qmpd_api.client import Client
 from tests.guests.build import Guest
 from tests.machines import copy_of, spec_of
 from tests.migration.hosts import Hosts, hosts
-from tests.migration.network import NoNetworks, unavailable
+from tests.migration.network import NoNetworks
+from tests.unavailable import unavailable
 
 pytestmark = pytest.mark.qemu
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from qmpd.storage import mark_unfinished
 from qmpd.views import StartRequest
 from tests.process.emulator import names
 from tests.process.standin_qemu import BOARD, toy, toy_settings, toys
+from tests.unavailable import need_root, tool
 
 PATIENCE_S = 60.0
 UUID = "00000000-1111-4222-8333-444444444444"
@@ -201,8 +201,8 @@ async def test_a_deletion_that_is_cancelled_at_any_moment_happened_or_did_not(ro
 
 
 async def test_a_deletion_that_cannot_remove_all_files_says_so(roomy: Settings) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("needs root to make a file that cannot be removed")
+    need_root("make a file that cannot be removed")
+    tool("chattr", "e2fsprogs")
     async with running(roomy, {}) as service:
         await service.create(toy(disks=(RAW,)))
         stuck = state_of(roomy) / "disk0.raw"
@@ -329,10 +329,7 @@ async def test_uefi_variables_are_copied_once_and_lost_ones_are_not_made_up(room
 @pytest.fixture
 def small_disk(short_directory: Path) -> Iterator[Path]:
     """A file system of its own."""
-    if os.geteuid() != 0:
-        if os.environ.get("CI") == "true":
-            pytest.fail("needs root to mount a small file system, and CI must not skip it")
-        pytest.skip("needs root to mount a small file system")
+    need_root("mount a small file system")
     path = short_directory / "small"
     path.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)], check=True, timeout=PATIENCE_S)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 
-import pytest
-
 from qmpd.pki.directory import Pki
 from tests.process.test_serve import Place, started
+from tests.unavailable import need_root, tool
 
 ADDRESSES = {"a": "10.123.0.1", "b": "10.123.0.2"}
 PORT = 8443
@@ -28,8 +26,8 @@ def ip(*words: str) -> None:
 @contextmanager
 def networks() -> Iterator[dict[str, str]]:
     """Two network namespaces, joined by a wire; their names by that of the daemon in each."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and ip")
+    need_root("make network namespaces")
+    tool("ip", "iproute2")
     names = {name: f"qmpd-{name}-{os.getpid()}" for name in ADDRESSES}
     with ExitStack() as undo:
         for name in names.values():

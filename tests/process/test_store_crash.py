@@ -22,6 +22,7 @@ from qmpd.errors import NoSpace
 from qmpd.journal import MAX_PAGE, open_journal
 from qmpd.sqlite import open_store
 from qmpd.views import Event
+from tests.unavailable import need_root
 
 PATIENCE_S = 60
 
@@ -182,10 +183,7 @@ class SmallDisk:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    if os.geteuid() != 0:
-        if os.environ.get("CI") == "true":
-            pytest.fail("needs root to mount a small file system, and CI must not skip it")
-        pytest.skip("needs root to mount a small file system")
+    need_root("mount a small file system")
     path = tmp_path / "disk"
     path.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], check=True, timeout=PATIENCE_S)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -11,9 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-import pytest
-
 from tests.guests.build import Guest
+from tests.unavailable import tool
 
 EMULATOR: Final = "qemu-system-x86_64"
 #: SO_ACCEPTCON among the flags in /proc/net/unix.
@@ -23,11 +21,8 @@ PATIENCE_S: Final = 120.0
 
 
 def emulator() -> str:
-    """The emulator's path; the test is skipped where it is not installed."""
-    found = shutil.which(EMULATOR)
-    if found is None:
-        pytest.skip(f"{EMULATOR} is not installed")
-    return found
+    """The emulator's path; without it there is no test."""
+    return tool(EMULATOR, "qemu-system-x86")
 
 
 @contextmanager

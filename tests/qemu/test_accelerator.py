@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from qmpd.facts import EmulatorFacts
 from qmpd.loopguest import LOOP_GUESTS
 from qmpd.probe import Emulators
 from tests.conftest import CACHE
+from tests.unavailable import tool, unavailable
 
 pytestmark = pytest.mark.qemu
 
@@ -41,7 +41,7 @@ async def emulator(target: str) -> EmulatorFacts:
     try:
         return await Emulators(str(CACHE)).get(target)
     except NotFound as error:
-        pytest.skip(error.message)
+        unavailable(error.message)
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,9 @@ def test_two_running_times_make_a_verdict(tcg_s: float, kvm_s: float | None, usa
     [("_X86", "", ("--32",)), ("_AARCH64", "aarch64-linux-gnu-", ()), ("_RISCV64", "riscv64-linux-gnu-", ("-march=rv64ima", "-mabi=lp64"))],
 )
 def test_the_bytes_of_a_test_guest_are_those_of_its_source(name: str, prefix: str, flags: tuple[str, ...], tmp_path: Path) -> None:
-    if shutil.which(f"{prefix}as") is None or (not prefix and HOST != "x86_64"):
-        pytest.skip(f"{prefix}as is not installed")
+    if not prefix and HOST != "x86_64":
+        pytest.skip("this host's own assembler is another one")
+    tool(f"{prefix}as", f"binutils-{prefix.rstrip('-')}".rstrip("-"))
     module = Path(loopguest.__file__).read_text()
     found = re.search(rf"((?:^#.*\n)+){name}: Final", module, re.MULTILINE)
     assert found is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from tests.conftest import end_machines
 from tests.guests.build import Guest
 from tests.guests.ring import SECTOR_BYTES, acknowledged, missing, read_ring
 from tests.machines import spec_of
+from tests.unavailable import need_root, tool
 from tests.waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.qemu
@@ -50,10 +50,8 @@ class SmallDisk:
 
 @pytest.fixture
 def small_disk(short_directory: Path, guests: dict[str, Guest]) -> Iterator[SmallDisk]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root to mount a small file system")
-    if shutil.which("mount") is None:
-        pytest.fail("mount is missing") if os.environ.get("CI") == "true" else pytest.skip("mount is not installed")
+    need_root("mount a small file system")
+    tool("mount", "mount")
     path = short_directory / "small"
     path.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={MIB}", "tmpfs", str(path)], check=True, timeout=PATIENCE_S)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from tests.guests.ring import acknowledged, missing, read_ring
 from tests.guests.running import running
 from tests.guests.trace import LINE_BYTES, check_trace
 from tests.newer_qemu import GUESTS, skip_where_it_differs
+from tests.unavailable import unavailable
 
 pytestmark = pytest.mark.qemu
 
@@ -36,8 +36,8 @@ def guests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Guest]:
 @pytest.fixture
 def guest(name: str, guests: dict[str, Guest]) -> Guest:
     emulator = f"qemu-system-{CATALOGUE[name].arch_emulator}"
-    if shutil.which(emulator) is None and os.environ.get("CI") != "true":
-        pytest.skip(f"{emulator} is not installed")
+    if shutil.which(emulator) is None:
+        unavailable(f"{emulator} is not installed")
     skip_where_it_differs(name, GUESTS)
     return guests[name]
 

@@ -14,6 +14,7 @@ from blockbuster import blockbuster_ctx
 from qmpd.facts import EmulatorFacts
 from qmpd.probe import Emulators
 from tests.newer_qemu import START_SCRIPT
+from tests.unavailable import tool, unavailable
 
 pytestmark = pytest.mark.qemu
 
@@ -37,10 +38,7 @@ def emulators(tmp_path: Path) -> Emulators:
 @pytest.fixture
 def small() -> Path:
     """A small emulator."""
-    path = shutil.which(SMALL)
-    if path is None:
-        pytest.skip(f"{SMALL} is not installed")
-    return Path(path)
+    return Path(tool(SMALL, "qemu-system-misc"))
 
 
 async def test_every_installed_emulator_answers(emulators: Emulators) -> None:
@@ -98,8 +96,9 @@ async def test_a_start_script_is_asked_again_when_the_program_behind_it_changes(
     assert (tmp_path / "starts").read_text() == "start\n" * 2
 
 
-@pytest.mark.skipif(not MICROVM.exists(), reason="Debian's microvm build is not installed")
 async def test_a_build_without_tcg_answers_too() -> None:
+    if not os.access(MICROVM, os.X_OK):
+        unavailable("Debian's microvm build is not installed (the package qemu-system-x86)")
     facts = await Emulators(None, (str(MICROVM),), "").get(str(MICROVM))
     assert facts.accelerators == {"kvm"}
     assert facts.machine("microvm") is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from scripts.lib import bench_table
 from scripts.lib.bench import PAGE, ROOT, SUBJECTS, as_json, read
 from scripts.lib.bench_figures import Report, limited, paired, percentile, plain, risen
 from scripts.lib.bench_plot import bar_of, draw
+from tests.unavailable import tool
 
 #: A daemon, two machines and a floor; on a shared host all of it takes a while.
 REAL_LIMIT_S = 240
@@ -155,8 +155,8 @@ def test_a_directory_gets_a_chart_each_and_the_same_figures_give_the_same_files(
 
 
 @pytest.mark.qemu
-@pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="qemu-system-x86_64 is not installed")
 def test_a_row_is_measured_for_real_and_leaves_nothing_behind(short_directory: Path) -> None:
+    tool("qemu-system-x86_64", "qemu-system-x86")
     command = [sys.executable, "-m", "scripts.lib.bench", "stop", "--repeat", "1", "--no-libvirt", "--json"]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(short_directory)}
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=REAL_LIMIT_S)

@@ -19,6 +19,7 @@ from qmpd.lifecycle import AT_REST
 from qmpd.service import Service
 from qmpd.spec import Cpu, ImageDisk, Kernel, MachineSpec
 from qmpd.views import ExpectRequest
+from tests.unavailable import unavailable
 
 pytestmark = [pytest.mark.slow, pytest.mark.qemu, pytest.mark.timeout(3600)]
 
@@ -67,10 +68,8 @@ def require_host() -> None:
     tools = TOOLS if ARCHIVE.exists() else ("mmdebstrap", *TOOLS)
     missing = [name for name in tools if shutil.which(name) is None]
     problem = f"{', '.join(missing)}: not installed" if missing else "needs root to make a file system" if os.geteuid() != 0 else None
-    if problem and os.environ.get("CI") == "true":
-        pytest.fail(f"{problem}, and CI must not skip this")
     if problem:
-        pytest.skip(problem)
+        unavailable(problem)
 
 
 def packages() -> Path:

@@ -176,3 +176,24 @@ async def test_while_no_machine_may_start_none_is_started_again() -> None:
     async with background() as tasks:
         Restarts(tasks, starter, lambda: False).ended(end(machine()))
         assert await starter.count(0) == 0
+
+
+async def test_a_machine_that_is_held_is_started_when_it_is_let_go() -> None:
+    async with restarts() as (watching, starter):
+        ended = end(machine())
+        with ended.holding("migrate"):
+            watching.ended(ended)
+            await asyncio.sleep(3 * BACKOFF_S)
+            assert starter.started.empty()
+        assert await starter.count(1) == 1
+        assert watching._attempts == {"one": 1}
+
+
+async def test_a_machine_that_is_held_and_was_ended_meanwhile_is_not_started() -> None:
+    async with restarts() as (watching, starter):
+        ended = end(machine())
+        with ended.holding("migrate"):
+            watching.ended(ended)
+            await asyncio.sleep(0)
+            ended.asked_to_end = True
+        assert await starter.count(0) == 0
