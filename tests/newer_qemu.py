@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -41,7 +41,7 @@ GUESTS: Final = {
 #: Machine types that newer QEMUs call differently, for tests that give QEMU its options themselves; boards have `also`.
 MACHINES: Final = {"hppa": "B160L"}
 #: Why a test that needs the emulator's own file cannot run with what `scripts/setup --newer-qemu` made.
-START_SCRIPT: Final = "the emulator under test is itself a start script"
+START_SCRIPT: Final = "the emulator under test is itself a start script, which adds options"
 
 
 def _major_version(directory: str | None) -> int:
@@ -69,3 +69,14 @@ def skip_where_it_differs(name: str, differences: Mapping[str, Difference]) -> N
     difference = differences.get(name)
     if difference is not None and difference.since <= MAJOR_VERSION:
         pytest.skip(f"{name} {difference.reason}")
+
+
+def skip_with_start_script() -> None:
+    """Skips a test that needs the emulator's own file, or its options to be those that the test gave."""
+    if OTHER_QEMU is not None:
+        pytest.skip(START_SCRIPT)
+
+
+def given(options: Iterable[str]) -> set[str]:
+    """The options of a process, as adoption names them, without those that the start script of another QEMU adds."""
+    return {option for option in options if OTHER_QEMU is None or not option.startswith("option -L ")}

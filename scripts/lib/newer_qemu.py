@@ -1,8 +1,9 @@
 """A newer Debian's QEMU, unpacked beside the installed one: nothing is installed, root is not needed, `DIR/bin` goes in front of PATH.
 
 APT works in a root of its own under DIR. Its mirror is the one this system's sources name for the release it runs, with the same proxy
-settings; Debian's archive keyring decides what is trusted. The programs run with the C library they were built for, through
-a wrapper that starts the unpacked dynamic linker: a process's executable is therefore the linker.
+settings; Debian's archive keyring decides what is trusted. The programs are told (patchelf) to use the dynamic linker and the libraries
+that they were built for, which lie beside them: so a process's executable is the emulator. What starts them says where firmware and
+modules are, which they would look for in the installed system.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ PACKAGES: Final = (
     "qemu-system-sparc",
     "qemu-system-x86",
     "qemu-utils",
+    "patchelf",
 )
-#: QEMU looks for these beside its own executable, which under a wrapper is the dynamic linker.
 DATA_DIRECTORIES: Final = ("usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu")
 PROOF: Final = "qemu-system-x86_64"
 
@@ -49,7 +50,8 @@ def unpack(directory: Path, suite: str) -> None:
             archives = _fetch(directory, suite)
         with step(f"unpacking {len(archives)} packages into {directory / 'root'}"):
             _extract(archives, directory / "root")
-        _write_wrappers(directory)
+        with step("adapting its programs"):
+            _adapt(directory)
         shutil.rmtree(directory / "apt")
         _version(directory)
         stamp.write_text(suite, encoding="utf-8")
@@ -125,22 +127,28 @@ def _extract(archives: list[Path], root: Path) -> None:
             raise SetupError(f"{archive.name} could not be unpacked; is the disk full?")
 
 
-def _write_wrappers(directory: Path) -> None:
+def _adapt(directory: Path) -> None:
     root = directory / "root"
     library, linker = _one(root, "usr/lib/*/libc.so.6").parent, _one(root, "usr/lib*/ld-linux*.so.*", "lib*/ld-linux*.so.*")
+    # It is one of them itself, and changed by nobody.
+    patchelf = [str(linker), "--library-path", str(library), str(root / "usr/bin/patchelf")]
     data = [word for name in DATA_DIRECTORIES if (root / name).is_dir() for word in ("-L", str(root / name))]
     (directory / "bin").mkdir()
     for program in sorted((root / "usr/bin").glob("qemu-*")):
-        words = [str(linker), "--library-path", str(library), "--argv0"]
-        tail = [str(program), *(data if program.name.startswith("qemu-system-") else [])]
-        wrapper = directory / "bin" / program.name
-        wrapper.write_text(
+        if not program.is_symlink():
+            # Not a run path: that would not hold for the libraries of libraries, and for modules.
+            wanted = ["--set-interpreter", str(linker), "--force-rpath", "--set-rpath", str(library)]
+            if not _run([*patchelf, *wanted, str(program)]):
+                raise SetupError(f"{program.name} could not be adapted; what patchelf said is above")
+        words = [str(program.resolve()), *(data if program.name.startswith("qemu-system-") else [])]
+        start = directory / "bin" / program.name
+        start.write_text(
             "#!/bin/sh\n# Made by scripts/setup --newer-qemu.\n"
             f"export QEMU_MODULE_DIR={shlex.quote(str(library / 'qemu'))}\n"
-            f'exec {shlex.join(words)} "$0" {shlex.join(tail)} "$@"\n',
+            f'exec {shlex.join(words)} "$@"\n',
             encoding="utf-8",
         )
-        wrapper.chmod(0o755)
+        start.chmod(0o755)
 
 
 def _one(root: Path, *patterns: str) -> Path:

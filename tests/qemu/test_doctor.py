@@ -24,6 +24,7 @@ from qmpd.views import DoctorFinding, DoctorReport, QmpRequest, StartRequest
 from tests.conftest import end_machines
 from tests.guests.build import Guest
 from tests.machines import spec_of
+from tests.newer_qemu import skip_with_start_script
 from tests.unit.test_doctor_looking import blocked, fifo
 
 pytestmark = pytest.mark.qemu
@@ -108,6 +109,7 @@ async def test_files_that_are_gone_are_found(service: Service, guests: dict[str,
 async def test_a_replaced_emulator_is_an_upgrade_that_is_pending(
     settings: Settings, guests: dict[str, Guest], short_directory: Path
 ) -> None:
+    skip_with_start_script()
     emulator = short_directory / "qemu-system-arm"  # that of x86 has modules, which it finds beside itself only
     await asyncio.to_thread(shutil.copy, shutil.which(emulator.name) or "", emulator)
     changed = msgspec.structs.replace(settings, emulators=(str(emulator),))

@@ -13,7 +13,7 @@ from blockbuster import blockbuster_ctx
 
 from qmpd.facts import EmulatorFacts
 from qmpd.probe import Emulators
-from tests.newer_qemu import START_SCRIPT
+from tests.newer_qemu import skip_with_start_script
 from tests.unavailable import tool, unavailable
 
 pytestmark = pytest.mark.qemu
@@ -80,11 +80,10 @@ async def test_one_question_starts_one_emulator(emulators: Emulators, tmp_path: 
 
 
 async def test_a_start_script_is_asked_again_when_the_program_behind_it_changes(small: Path, tmp_path: Path) -> None:
+    skip_with_start_script()
     behind = tmp_path / "build" / "emulator"
     behind.parent.mkdir()
     shutil.copy(small, behind)
-    if not behind.read_bytes().startswith(b"\x7fELF"):
-        pytest.skip(START_SCRIPT)
     script = tmp_path / "qemu-system-avr"
     script.write_text(f'#!/bin/sh\necho start >> {tmp_path}/starts\nexec {behind} "$@"\n')
     script.chmod(0o755)
