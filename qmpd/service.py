@@ -17,7 +17,7 @@ from qmpd.board import NamedBoard
 from qmpd.bus import Bus
 from qmpd.console import Console, port_of
 from qmpd.creation import can_hurry, created, hurried
-from qmpd.errors import Held, NotYet, Problem, RevisionRequired, invalid
+from qmpd.errors import Held, MonitorUnavailable, NotYet, Problem, RevisionRequired, invalid
 from qmpd.expecting import expect
 from qmpd.hostshutdown import HostShutdown
 from qmpd.inventory import Inventory
@@ -321,6 +321,7 @@ class Service:
         machine = self._registry.get(name)
         if not only_reads(request.execute):
             _check_stays(machine)
+            _check_begun(machine)
         known = msgspec.structs.replace(caller, unrestricted=caller.user is not None and caller.user in self._settings.qmp_users)
         return await operating.pass_through(machine, request, known)
 
@@ -383,6 +384,12 @@ class Service:
         async with machine.held(verb):
             await verbs[verb](machine)
         return machine.view()
+
+
+def _check_begun(machine: Machine) -> None:
+    """Raises MonitorUnavailable while the daemon itself is about to set a guest going: `stop` would be answered, and undone."""
+    if machine.state in {State.STARTING, State.UNREACHABLE}:
+        raise MonitorUnavailable(f"machine {machine.name!r} is {machine.state}: until that is over its QEMU is asked questions only")
 
 
 def _check_stays(machine: Machine) -> None:

@@ -20,6 +20,7 @@ from qmpd.backlog import Hearer, Hearers
 from qmpd.capture import tail_of
 from qmpd.diskerrors import IO_ERROR
 from qmpd.errors import Busy, LaunchFailed, MonitorUnavailable, NotProven, QemuDied, QemuRefused, QemuSilent, QmpdError
+from qmpd.failpoint import passing
 from qmpd.lifecycle import Happening
 from qmpd.monitor import QUERY_DEADLINE_S, EventsLost, Monitor, QmpEvent, connected
 from qmpd.process import ExitStatus, QemuProcess
@@ -151,9 +152,7 @@ class Session:
 
     async def ask_status(self, monitor: Monitor) -> str:
         """Asks QEMU for its run state, reports and returns it."""
-        answer = await monitor.execute("query-status")
-        if not isinstance(answer, dict):
-            raise QemuDied("QEMU's answer to query-status is not a map")
+        answer = await _run_state(monitor)
         status = str(answer.get("status"))
         self._owner.set_status(status)
         if status == IO_ERROR:
@@ -234,9 +233,11 @@ class Session:
     async def _reconnect(self, first_attempt: Callable[[], None] | None = None, *, paused: bool = True) -> None:
         async def begin(monitor: Monitor) -> None:
             await self._prove(monitor)
-            status = await self.ask_status(monitor)
-            if status == "prelaunch" and not paused:
+            if not paused and (await _run_state(monitor)).get("status") == "prelaunch":
+                # Before anybody hears that it is halted: who is told that a guest is paused does not see it begin to run.
+                await passing("guest-cont")
                 await monitor.execute("cont")
+            await self.ask_status(monitor)
             self._started = True
             self._conclude(None)
             if first_attempt is not None:
@@ -372,6 +373,13 @@ def _reason(stderr: str) -> str:
     lines = stderr.strip().splitlines()
     own = [line for line in lines if line.startswith("qemu-system")]
     return (own or lines or [""])[-1]
+
+
+async def _run_state(monitor: Monitor) -> dict[str, object]:
+    answer = await monitor.execute("query-status")
+    if not isinstance(answer, dict):
+        raise QemuDied("QEMU's answer to query-status is not a map")
+    return answer
 
 
 def describe(status: ExitStatus) -> str:

@@ -71,6 +71,35 @@ async def test_damaged_launch_records_destroy_nothing_and_keep_nobody_waiting(be
         assert "Traceback" not in daemon.log
 
 
+async def test_nobody_halts_a_guest_that_is_about_to_be_set_going_by_the_daemon(bench: Bench, guests: dict[str, Guest]) -> None:
+    """`stop` of a guest that has not begun is answered by QEMU, and undone by the `cont` that follows."""
+    stop = {"execute": "stop"}
+    async with serving(bench, "guest-cont:hang") as daemon:
+        await daemon.ready()
+        await told(bench, "POST", "/machines", document_of(guests[GUEST], "one"))
+        starting = asyncio.create_task(request(bench, "POST", "/machines/one/start"), name="starting")
+        async with asyncio.timeout(PATIENCE_S):
+            while (asked := await request(bench, "POST", "/machines/one/qmp", {"execute": "query-status"})) is None or not asked.good:
+                await asyncio.sleep(0.05)
+        refused = await request(bench, "POST", "/machines/one/qmp", stop)
+        assert refused is not None
+        assert (refused.status, refused.body["code"]) == (503, "monitor_unavailable"), refused
+        await daemon.stop(signal.SIGKILL)
+        await starting
+    async with serving(bench, "guest-cont:hang") as daemon:
+        await daemon.ready()
+        await until(bench, "one", "unreachable")
+        for path, body in (("qmp", stop), ("pause", None)):
+            refused = await request(bench, "POST", f"/machines/one/{path}", body)
+            assert refused is not None
+            assert not refused.good, refused
+        await daemon.stop(signal.SIGKILL)
+    async with serving(bench) as daemon:
+        await daemon.ready()
+        await until(bench, "one", "running")
+        assert (await told(bench, "POST", "/machines/one/pause"))["state"] == "paused"
+
+
 @contextmanager
 def sleeper() -> Iterator[subprocess.Popen[bytes]]:
     """A process that is nobody's machine."""
