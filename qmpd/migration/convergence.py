@@ -11,6 +11,8 @@ halts the guest for the last of it. So within the goal there is nothing to do bu
 * What is being copied for the first time (disks) gets no faster when the guest is halted. The deadline waits for it, and says so; only
   `abort` does not.
 * Limits only rise while the goal stays the same, and never above what QEMU takes.
+* A QEMU that loses track of what its guest changes (`keeps_track`) may send memory once while the guest runs, and never twice: with a
+  `downtime-limit` of 0 it halts the guest after the first pass, for all that was changed meanwhile.
 """
 
 from __future__ import annotations
@@ -49,11 +51,22 @@ WORTH: Final = 1.05
 TUNABLE: Final = frozenset({NONE, "setup", "active"})
 
 
+#: The first version that looks at stores under TCG again once it has asked what was changed (QEMU's commit 03bfc2188f07). Before, of memory
+#: that is changed over and over some is not sent again: measured with 7.2.22, not with 10.0.13.
+TRACKING_SINCE: Final = (9, 0, 0)
+
+
 class Abilities(msgspec.Struct, frozen=True, kw_only=True):
-    """What both QEMUs have, and the way between them allows."""
+    """What both QEMUs have, and the way between them allows. `tracks`: see `keeps_track`."""
 
     auto_converge: bool = True
     postcopy: bool = True
+    tracks: bool = True
+
+
+def keeps_track(accelerator: str, version: tuple[int, ...]) -> bool:
+    """Whether a QEMU knows of every change of memory while its guest runs, also after it has sent all of it once."""
+    return accelerator != "tcg" or version >= TRACKING_SINCE
 
 
 class Set(msgspec.Struct, frozen=True, kw_only=True, tag="set"):
@@ -104,7 +117,7 @@ def opening(goal: Goal, abilities: Abilities, overhead_ms: int = OVERHEAD_MS) ->
     """What to set before `migrate`."""
     slowing = abilities.auto_converge and goal.auto_converge is not False
     postcopy = abilities.postcopy and goal.then == "postcopy"
-    parameters = {"downtime-limit": limit_ms(goal, overhead_ms), **_bandwidth(goal)}
+    parameters = {"downtime-limit": limit_ms(goal, overhead_ms) if abilities.tracks else 0, **_bandwidth(goal)}
     if slowing:
         parameters |= _throttle(goal)
     return Opening(
@@ -172,6 +185,11 @@ class Tuner:
         """The `downtime-limit` that QEMU was told last."""
         return self._limit_ms
 
+    @property
+    def _enough_ms(self) -> float:
+        """How long the guest may be halted for the rest, as QEMU sees it."""
+        return self._limit_ms if self._abilities.tracks else math.inf
+
     def decide(self, sample: Sample) -> tuple[Decision, ...]:
         """What to do now. After a pause, postcopy or abort nothing more is decided."""
         self.measured.take(sample)
@@ -184,7 +202,7 @@ class Tuner:
         self._check(goal)
         old, self.goal = self.goal, goal
         parameters: dict[str, int] = {}
-        if goal.downtime_ms != old.downtime_ms:
+        if goal.downtime_ms != old.downtime_ms and self._abilities.tracks:
             self._limit_ms = parameters["downtime-limit"] = limit_ms(goal, self._overhead_ms)
         if goal.bandwidth_mib_s != old.bandwidth_mib_s:
             parameters |= _bandwidth(goal)
@@ -239,11 +257,13 @@ class Tuner:
         lowest, highest, height = self.measured.lowest_bytes, self.measured.highest_bytes, self.measured.height_bytes
         if lowest is None or highest is None or height is None or sample.status != "active" or self.goal.then == "abort":
             return None
-        eta = self.measured.eta_s(self._limit_ms)
+        eta = self.measured.eta_s(self._enough_ms)
         if eta is not None and sample.at_s + eta <= deadline:
             return None  # it may yet end within the goal, and by itself
         if self.goal.then == "postcopy":
             return Postcopy(reason=f"the deadline is near and this is a quiet moment: {self._state()}") if height <= lowest else None
+        if not self._abilities.tracks:
+            return None  # it halts the guest after this pass anyway, and no later
         gone = (sample.at_s / deadline - LAST_PART) / (1 - LAST_PART)
         wanted = self.measured.halted_ms(lowest + (highest - lowest) * gone)
         if wanted is None or (limit := min(math.ceil(wanted * WORTH), MAX_DOWNTIME_MS)) <= self._limit_ms * WORTH:
@@ -312,7 +332,7 @@ class Tuner:
         if isinstance(self._final, Pause | Postcopy):
             halted = measured.halted_ms(sample.remaining_bytes)
             return None if halted is None else halted / 1000
-        eta = measured.eta_s(self._limit_ms)
+        eta = measured.eta_s(self._enough_ms)
         deadline, rest = self.goal.deadline_s, measured.halted_ms(measured.lowest_bytes)
         if deadline is None or self.goal.then == "abort" or rest is None:
             return eta

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
-from qmpd.migration.convergence import MIB, OVERHEAD_MS, limit_ms
+from qmpd.migration.convergence import MIB, OVERHEAD_MS, TRACKING_SINCE, limit_ms
 from qmpd.migration.measuring import converging_s
 from qmpd.migrationviews import Goal, Prediction
 
 _MS: Final = 1000.0
+_ONCE: Final = (
+    ". This QEMU loses track of what its guest changes: memory is sent once while the guest runs, and what was changed meanwhile when it "
+    f"is halted; version {TRACKING_SINCE[0]}.{TRACKING_SINCE[1]} and later keep to a downtime"
+)
 _AT_DEADLINE: Final = {
     "pause": "the guest would be halted then to be moved",
     "postcopy": "the guest would run on at the destination then, its memory following",
@@ -23,14 +28,16 @@ def predicted(
     bandwidth_mib_s: float,
     dirty_mib_s: float | None,
     goal: Goal,
+    tracks: bool = True,
     overhead_ms: int = OVERHEAD_MS,
 ) -> Prediction:
     """The time and the downtime to expect. `memory_bytes` is all of the guest's, so they are bounds: what it never used costs next to
-    nothing. `bandwidth_mib_s`, greater than 0, is what was measured on the way; a goal that allows less is taken into account.
+    nothing. `bandwidth_mib_s`, greater than 0, is what was measured on the way; a goal that allows less is taken into account. `tracks`:
+    see `keeps_track`; without, memory is sent once before the guest is halted.
     """
     speed = min(bandwidth_mib_s, goal.bandwidth_mib_s or bandwidth_mib_s)
     disks_s = disk_bytes / (speed * MIB)
-    allowed_ms = limit_ms(goal, overhead_ms)
+    allowed_ms = limit_ms(goal, overhead_ms) if tracks else math.inf
     memory_s = converging_s(memory_bytes, (dirty_mib_s or 0.0) * MIB, speed * MIB, allowed_ms, most_bytes=memory_bytes)
     total_s = None if memory_s is None else disks_s + memory_s
     in_time = total_s is not None and (goal.deadline_s is None or total_s <= goal.deadline_s)
@@ -43,7 +50,7 @@ def predicted(
         total_s=total_s if in_time or goal.deadline_s is None else None,
         downtime_ms=downtime_ms,
         reachable=in_time,
-        explanation=_explained(goal, speed, dirty_mib_s, total_s, downtime_ms),
+        explanation=_explained(goal, speed, dirty_mib_s, total_s, downtime_ms) + ("" if tracks else _ONCE),
     )
 
 

@@ -16,6 +16,7 @@ from qmpd.errors import CannotMove, PeerError
 from qmpd.jobs import Report
 from qmpd.machine import Machine
 from qmpd.migration.comparison import accepted, compared, possible
+from qmpd.migration.convergence import keeps_track
 from qmpd.migration.delivery import insisted
 from qmpd.migration.fingerprints import Fingerprints
 from qmpd.migration.likeness import DestinationFacts, MachineFacts, SourceDisk, SourceFacts
@@ -149,6 +150,7 @@ async def _predicted(
         bandwidth_mib_s=speed,
         dirty_mib_s=dirty,
         goal=request.goal,
+        tracks=keeps_track(here.qemu.accelerator, here.qemu.version),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
@@ -25,7 +26,7 @@ from qmpd.migration.belongings import announced
 from qmpd.migration.bitmaps import Bitmap, bitmaps, check_movable
 from qmpd.migration.capabilities import Agreed
 from qmpd.migration.consignment import check_formats, packed, sizes_at_rest
-from qmpd.migration.convergence import Abilities, Abort, Decision, Pause, Postcopy, Set, Tuner, opening, unattainable
+from qmpd.migration.convergence import Abilities, Abort, Decision, Pause, Postcopy, Set, Tuner, keeps_track, opening, unattainable
 from qmpd.migration.ledger import Entry
 from qmpd.migration.measuring import sample_of
 from qmpd.migration.media import media
@@ -266,7 +267,7 @@ class Shipping:
         """The machine's QEMU on its way to where the peer listens. Leaving the block before the guest has arrived puts everything back."""
         if entry.before is None:
             raise CannotMove("how QEMU was set before is not known")
-        abilities = Abilities(auto_converge="auto-converge" in entry.before.dials.capabilities, postcopy=accepted.postcopy)
+        abilities = abilities_of(machine, entry.before, postcopy=accepted.postcopy)
         if (obstacle := unattainable(goal, abilities)) is not None:
             raise CannotMove(obstacle)
         begun = opening(goal, abilities)
@@ -353,6 +354,14 @@ def moved(accepted: Acceptance, figures: Figures) -> tuple[MovedDisk, ...]:
         )
         for disk in accepted.disks
     )
+
+
+def abilities_of(machine: Machine, before: Before, *, postcopy: bool) -> Abilities:
+    """What a machine's QEMU can be told in a migration."""
+    launch = machine.launch
+    version = tuple(int(part) for part in re.findall(r"\d+", launch.emulator_version)[:3]) if launch is not None else ()
+    tracks = launch is not None and keeps_track(launch.accel, version)
+    return Abilities(auto_converge="auto-converge" in before.dials.capabilities, postcopy=postcopy, tracks=tracks)
 
 
 def node_of(index: int) -> str:

@@ -34,10 +34,10 @@ from qmpd.machine import Machine, Publish
 from qmpd.migration import capabilities, incoming
 from qmpd.migration.addresses import UnixAddress
 from qmpd.migration.consolelogs import follow_on
-from qmpd.migration.convergence import Abilities, Tuner, opening
+from qmpd.migration.convergence import Tuner, opening
 from qmpd.migration.incoming import STAYS, Listen
 from qmpd.migration.outgoing import Outgoing, Sending, look, recall
-from qmpd.migration.shipping import Shipment
+from qmpd.migration.shipping import Shipment, abilities_of
 from qmpd.migration.successor import (
     Note,
     Successor,
@@ -161,7 +161,7 @@ class Successions:
 
     async def _sent(self, machine: Machine, note: Note, place: UnixAddress, report: Report) -> Shipment:
         """Everything of the guest is sent, and it stands still."""
-        abilities = Abilities(auto_converge="auto-converge" in note.before.dials.capabilities, postcopy=False)
+        abilities = abilities_of(machine, note.before, postcopy=False)
         begun = opening(_GOAL, abilities)
         wanted = Sending(memory=place, helping=tuple(begun.capabilities), parameters=dict(begun.parameters))
         async with Outgoing(machine.session, wanted, note.before) as out:

@@ -25,17 +25,17 @@ MIB = 1024 * 1024
 WORKING_SET = 16 * MIB
 MEMORY = ("-m", "64")
 _LOADED_AT = 0x100000
-_WRITES_FROM = 0x1000000
+WRITES_FROM = 0x1000000
 
 
-def busy_kernel(path: Path) -> Path:
-    """A multiboot kernel that adds one to every page of its working set, over and over."""
+def busy_kernel(path: Path, working_set: int = WORKING_SET) -> Path:
+    """A multiboot kernel that adds one to every page of its working set (bytes), over and over."""
     code = bytearray(b"\xfa")  # cli
     again = len(code)
-    code += b"\xbf" + struct.pack("<I", _WRITES_FROM)  # mov edi, from
+    code += b"\xbf" + struct.pack("<I", WRITES_FROM)  # mov edi, from
     page = len(code)
     code += b"\xff\x07\x81\xc7" + struct.pack("<I", 4096)  # inc dword [edi]; add edi, 4096
-    code += b"\x81\xff" + struct.pack("<I", _WRITES_FROM + WORKING_SET)  # cmp edi, to
+    code += b"\x81\xff" + struct.pack("<I", WRITES_FROM + working_set)  # cmp edi, to
     code += b"\x72" + struct.pack("b", page - (len(code) + 2))  # jb page
     code += b"\xeb" + struct.pack("b", again - (len(code) + 2))  # jmp again
     magic, flags = 0x1BADB002, 0x10000
@@ -80,7 +80,7 @@ class Mover:
 
 async def busy(source: End) -> None:
     """Waits until the guest has written to the last page of its working set, after its BIOS."""
-    asked = {"command-line": f"xp /1wx {_WRITES_FROM + WORKING_SET - 4096:#x}"}
+    asked = {"command-line": f"xp /1wx {WRITES_FROM + WORKING_SET - 4096:#x}"}
     async with asyncio.timeout(PATIENCE_S):
         while "0x00000000" in str(await source.monitor.execute("human-monitor-command", asked)):
             await asyncio.sleep(0.02)

@@ -108,3 +108,15 @@ def test_the_model_does_what_was_predicted(dirty: float, memory: int, limit: int
     assert said.downtime_ms is not None
     assert said.downtime_ms <= limit
     assert qemu.now == pytest.approx(said.total_s, rel=0.3, abs=1 + limit / 1000)
+
+
+def test_a_qemu_that_loses_track_halts_its_guest_for_all_that_was_changed_meanwhile() -> None:
+    def foretold(*, tracks: bool) -> Prediction:
+        goal = Goal(downtime_ms=300)
+        size = 1000 * MIB
+        return predicted(memory_bytes=size, disk_bytes=0, bandwidth_mib_s=100.0, dirty_mib_s=50.0, goal=goal, tracks=tracks, overhead_ms=0)
+
+    once = foretold(tracks=False)
+    assert (once.total_s, once.downtime_ms) == (15.0, 5000.0)
+    assert "sent once" in once.explanation
+    assert "sent once" not in foretold(tracks=True).explanation
