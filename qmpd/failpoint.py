@@ -101,6 +101,9 @@ CATALOGUE: Final[Mapping[str, Failpoint]] = {
     "gate-go": Failpoint(before="the gate being told to become QEMU", error=_refused(errno.EPIPE)),
     "gate-gone": Failpoint(before="connecting to the QEMU that the gate became"),
     "guest-cont": Failpoint(before="the guest being set going", error=lambda: QemuDied("the monitor ended")),
+    "adopted-cont": Failpoint(
+        before="a guest being set going that the daemon before did not come to", error=lambda: QemuDied("the monitor ended")
+    ),
     "guest-going": Failpoint(before="telling that the guest was set going"),
     "begun-mark": Failpoint(before="the note that the guest was set going", error=_FULL),
     # A machine's end.

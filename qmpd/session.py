@@ -235,7 +235,7 @@ class Session:
             await self._prove(monitor)
             if not paused and (await _run_state(monitor)).get("status") == "prelaunch":
                 # Before anybody hears that it is halted: who is told that a guest is paused does not see it begin to run.
-                await passing("guest-cont")
+                await passing("adopted-cont")
                 await monitor.execute("cont")
             await self.ask_status(monitor)
             self._started = True

@@ -12,7 +12,8 @@ halts the guest for the last of it. So within the goal there is nothing to do bu
   `abort` does not.
 * Limits only rise while the goal stays the same, and never above what QEMU takes.
 * A QEMU that loses track of what its guest changes (`keeps_track`) may send memory once while the guest runs, and never twice: with a
-  `downtime-limit` of 0 it halts the guest after the first pass, for all that was changed meanwhile.
+  `downtime-limit` of 0 it halts the guest after the first pass, for all that was changed meanwhile. Where bitmaps of disks move along,
+  which are sent at the very end, it would wait for ever: then the guest is halted for it.
 """
 
 from __future__ import annotations
@@ -57,11 +58,12 @@ TRACKING_SINCE: Final = (9, 0, 0)
 
 
 class Abilities(msgspec.Struct, frozen=True, kw_only=True):
-    """What both QEMUs have, and the way between them allows. `tracks`: see `keeps_track`."""
+    """What both QEMUs have, and the way between them allows. `tracks`: see `keeps_track`; `bitmaps`: those of disks move along."""
 
     auto_converge: bool = True
     postcopy: bool = True
     tracks: bool = True
+    bitmaps: bool = False
 
 
 def keeps_track(accelerator: str, version: tuple[int, ...]) -> bool:
@@ -195,7 +197,16 @@ class Tuner:
         self.measured.take(sample)
         if self._final is not None or sample.status not in TUNABLE:
             return ()
+        if not self._abilities.tracks and self._abilities.bitmaps and sample.status == "active" and not sample.remaining_bytes:
+            return self._halted(sample)
         return self._noted(self._decision(sample), sample.at_s)
+
+    def _halted(self, sample: Sample) -> tuple[Decision, ...]:
+        """Memory was sent once; with the guest halted nothing more is lost."""
+        pause = self._noted(Pause(reason="memory was sent once, and this QEMU loses track of what is changed afterwards"), sample.at_s)
+        self._limit_ms = limit_ms(self.goal, self._overhead_ms)
+        rest = Set(parameters={"downtime-limit": self._limit_ms}, reason="the guest is halted for the rest, its bitmaps above all")
+        return (*pause, *self._noted(rest, sample.at_s))
 
     def change(self, goal: Goal, at_s: float) -> tuple[Decision, ...]:
         """Another goal from now on, and what that changes at once. Raises ValueError if it asks for what this migration began without."""

@@ -267,7 +267,7 @@ class Shipping:
         """The machine's QEMU on its way to where the peer listens. Leaving the block before the guest has arrived puts everything back."""
         if entry.before is None:
             raise CannotMove("how QEMU was set before is not known")
-        abilities = abilities_of(machine, entry.before, postcopy=accepted.postcopy)
+        abilities = abilities_of(machine, entry.before, postcopy=accepted.postcopy, bitmaps=accepted.bitmaps)
         if (obstacle := unattainable(goal, abilities)) is not None:
             raise CannotMove(obstacle)
         begun = opening(goal, abilities)
@@ -356,12 +356,12 @@ def moved(accepted: Acceptance, figures: Figures) -> tuple[MovedDisk, ...]:
     )
 
 
-def abilities_of(machine: Machine, before: Before, *, postcopy: bool) -> Abilities:
+def abilities_of(machine: Machine, before: Before, *, postcopy: bool = False, bitmaps: bool = False) -> Abilities:
     """What a machine's QEMU can be told in a migration."""
     launch = machine.launch
     version = tuple(int(part) for part in re.findall(r"\d+", launch.emulator_version)[:3]) if launch is not None else ()
     tracks = launch is not None and keeps_track(launch.accel, version)
-    return Abilities(auto_converge="auto-converge" in before.dials.capabilities, postcopy=postcopy, tracks=tracks)
+    return Abilities(auto_converge="auto-converge" in before.dials.capabilities, postcopy=postcopy, tracks=tracks, bitmaps=bitmaps)
 
 
 def node_of(index: int) -> str:

@@ -161,7 +161,7 @@ class Successions:
 
     async def _sent(self, machine: Machine, note: Note, place: UnixAddress, report: Report) -> Shipment:
         """Everything of the guest is sent, and it stands still."""
-        abilities = abilities_of(machine, note.before, postcopy=False)
+        abilities = abilities_of(machine, note.before)
         begun = opening(_GOAL, abilities)
         wanted = Sending(memory=place, helping=tuple(begun.capabilities), parameters=dict(begun.parameters))
         async with Outgoing(machine.session, wanted, note.before) as out:

@@ -86,7 +86,7 @@ async def test_nobody_halts_a_guest_that_is_about_to_be_set_going_by_the_daemon(
         assert (refused.status, refused.body["code"]) == (503, "monitor_unavailable"), refused
         await daemon.stop(signal.SIGKILL)
         await starting
-    async with serving(bench, "guest-cont:hang") as daemon:
+    async with serving(bench, "adopted-cont:hang") as daemon:
         await daemon.ready()
         await until(bench, "one", "unreachable")
         for path, body in (("qmp", stop), ("pause", None)):

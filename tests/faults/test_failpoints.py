@@ -32,8 +32,9 @@ FURTHER = {
     "files-removed": (2,),
     "record-remove": (2,),
 }
-#: These are passed when a machine comes from another host, or gets another QEMU, and killed at in tests/migration.
-ELSEWHERE = ("migration-", "ownership-", "peer-", "succession-")
+#: These are passed when a machine comes from another host, or gets another QEMU, and killed at in tests/migration; and when a daemon was
+#: killed at a certain instant, and waited at in test_adoption_faults.
+ELSEWHERE = ("adopted-", "migration-", "ownership-", "peer-", "succession-")
 #: What hangs for ever, and what is answered meanwhile: without its database the daemon still knows its machines.
 MEMORY = ("/machines", "/version")
 HANGS = {
