@@ -57,9 +57,10 @@ async def test_a_test_guest_runs_to_its_end(target: str, machine: str) -> None:
 async def test_a_guest_that_computes_wrongly_never_ends() -> None:
     guest = LOOP_GUESTS["x86_64"]
     start = guest.image.index(bytes.fromhex("69c0"))  # imul $1664525, %eax, %eax
+    others = set(psutil.Process().children(recursive=True))  # of tests before this one in the same process
     wrong = guest.image[: start + 2] + bytes.fromhex("0e661900") + guest.image[start + 6 :]
     assert await run(await emulator("x86_64"), msgspec.structs.replace(guest, image=wrong), "tcg", 2.0) is None
-    assert not psutil.Process().children(recursive=True)
+    assert set(psutil.Process().children(recursive=True)) <= others
 
 
 async def test_an_accelerator_qemu_does_not_have_is_an_error() -> None:
