@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-import psutil
 import pytest
 from blockbuster import blockbuster_ctx
 
@@ -21,6 +20,7 @@ from qmpd.facts import EmulatorFacts
 from qmpd.loopguest import LOOP_GUESTS
 from qmpd.probe import Emulators
 from tests.conftest import CACHE
+from tests.process.emulator import children
 from tests.unavailable import tool, unavailable
 
 pytestmark = pytest.mark.qemu
@@ -57,10 +57,10 @@ async def test_a_test_guest_runs_to_its_end(target: str, machine: str) -> None:
 async def test_a_guest_that_computes_wrongly_never_ends() -> None:
     guest = LOOP_GUESTS["x86_64"]
     start = guest.image.index(bytes.fromhex("69c0"))  # imul $1664525, %eax, %eax
-    others = set(psutil.Process().children(recursive=True))  # of tests before this one in the same process
+    others = children()  # of tests before this one in the same process
     wrong = guest.image[: start + 2] + bytes.fromhex("0e661900") + guest.image[start + 6 :]
     assert await run(await emulator("x86_64"), msgspec.structs.replace(guest, image=wrong), "tcg", 2.0) is None
-    assert set(psutil.Process().children(recursive=True)) <= others
+    assert children() <= others
 
 
 async def test_an_accelerator_qemu_does_not_have_is_an_error() -> None:

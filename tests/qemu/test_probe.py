@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from blockbuster import blockbuster_ctx
 
 from qmpd.facts import EmulatorFacts
 from qmpd.probe import Emulators
 from tests.newer_qemu import skip_with_start_script
+from tests.process.emulator import children
 from tests.unavailable import tool, unavailable
 
 pytestmark = pytest.mark.qemu
@@ -42,7 +42,7 @@ def small() -> Path:
 
 
 async def test_every_installed_emulator_answers(emulators: Emulators) -> None:
-    others = set(psutil.Process().children(recursive=True))  # of tests before this one in the same process
+    others = children()  # of tests before this one in the same process
     found = await emulators.all()
     assert found
     for item in found:
@@ -52,7 +52,7 @@ async def test_every_installed_emulator_answers(emulators: Emulators) -> None:
         assert "quit" in item.commands
         assert "screendump.format=png" in item.features
         assert "tcg" in item.accelerators
-    assert set(psutil.Process().children(recursive=True)) <= others
+    assert children() <= others
 
 
 async def test_what_x86_64_is_known_to_have_is_found(emulators: Emulators) -> None:
