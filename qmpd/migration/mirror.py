@@ -137,9 +137,13 @@ class Mirrors:
         Raises:
             MigrationFailed: a copy could not be completed in time.
         """
-        for name in self._disks:
+        for name, disk in self._disks.items():
             # Not `job-cancel`, which throws away what is not written yet.
-            await execute_or_yank(self._qemu, "block-job-cancel", {"device": name})
+            try:
+                await execute_or_yank(self._qemu, "block-job-cancel", {"device": name})
+            except QemuRefused as error:
+                ended = words((await current_jobs(self._qemu)).get(name))
+                raise MigrationFailed(f"the copy of disk {disk.node!r} was not completed: {ended}", node=disk.node) from error
         with watching(self._qemu) as watch:
             try:
                 async with asyncio.timeout(STALL_LIMIT_S):

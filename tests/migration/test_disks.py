@@ -13,9 +13,11 @@ import pytest
 from qmpd.errors import MigrationFailed, QemuRefused
 from qmpd.migration import capabilities, incoming, mirror
 from qmpd.migration.addresses import Address, TcpAddress, TcpRange
+from qmpd.migration.blockjobs import concluded
 from qmpd.migration.incoming import Endpoint, Listen, listen, wait_loaded
 from qmpd.migration.qemu import PREFIX
 from qmpd.migration.tls import ClientTls, ServerTls
+from qmpd.migration.watch import watching
 from tests.migration.disks import DISK_BYTES, NODE, Writers
 from tests.migration.ends import End, GivenUpError, at, attempt, giving_up_at, go_on, is_tidy, moved, outgoing_to, signalling_at, unchanged
 from tests.process.emulator import content
@@ -107,6 +109,23 @@ async def test_the_destination_of_a_disk_is_lost(writers: Writers, hasty: None, 
         outgoing = await outgoing_to(source, endpoint, bytes_per_s=SPEEDS.get(step), stall_limit_s=3.0, switchover_limit_s=8.0)
         with pytest.raises(MigrationFailed):
             await attempt(outgoing, signalling_at(step, destination, number))
+
+
+async def test_a_copy_that_ended_before_it_is_let_go_of(writers: Writers) -> None:
+    disk = writers.image()
+    source = await writers.source(disk)
+    async with writers.undisturbed(source, disk):
+        _, endpoint = await listening(writers, disk)
+        job = f"{PREFIX}-0"
+
+        async def step(name: str) -> None:
+            if name == "halted":
+                with watching(source.monitor) as watch:
+                    await source.monitor.execute("block-job-cancel", {"device": job, "force": True})
+                    assert await concluded(source.monitor, job, watch)
+
+        with pytest.raises(MigrationFailed, match=f"{NODE!r} was not completed: "):
+            await attempt(await outgoing_to(source, endpoint), step)
 
 
 async def test_a_frozen_destination_does_not_keep_qemu_waiting(writers: Writers) -> None:
