@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -35,19 +38,28 @@ def judged(status: ExitStatus, reason: str | None, stderr_tail: str, at: str) ->
 
 
 def keep(state_dir: str, ending: ExitView) -> None:
-    """Writes the ending down; it is for people, so a disk that is full loses it and nothing else. Blocks."""
+    """Writes the ending down; it is for people, so a disk that is full loses it and nothing else. Blocks.
+
+    Over the old one, without a new file and a change of names, which take several times as long: somebody waits for this. What is torn
+    because the daemon was killed does not decode, and then the launch record, which is still there, tells that nobody saw its end.
+    """
+    document = msgspec.msgpack.encode(ending)
     target = Path(state_dir) / ENDING_NAME
-    temporary = target.with_suffix(".new")
     try:
         failpoint("exit-keep")
-        temporary.write_bytes(msgspec.msgpack.encode(ending))
-        failpoint("exit-kept")
-        # To put a file in the place of another one makes ext4 write the new one to the disk at once, and somebody waits for this. The
-        # old one says nothing of the process that ended now: without either, the launch record tells that nobody saw its end.
-        target.unlink(missing_ok=True)
-        temporary.rename(target)
+        _write_over(target, document)
     except OSError as error:
         _log.warning("ending was not kept", extra={"path": str(target), "error": str(error)})
+        with suppress(OSError):
+            os.truncate(target, 0)  # what is there is not how this process ended
+
+
+def _write_over(target: Path, document: bytes) -> None:
+    with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600), "wb", buffering=0) as file:
+        if file.write(document) < len(document):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        failpoint("exit-kept")
+        file.truncate()
 
 
 def last(state_dir: str) -> ExitView | None:

@@ -110,7 +110,7 @@ CATALOGUE: Final[Mapping[str, Failpoint]] = {
     "quit-send": Failpoint(before="QEMU being asked to quit", error=lambda: MonitorUnavailable("there is no monitor")),
     "signal-send": Failpoint(before="SIGTERM or SIGKILL being sent", error=_refused(errno.EPERM)),
     "exit-keep": Failpoint(before="how a machine ended being written", error=_FULL),
-    "exit-kept": Failpoint(before="that file getting its name", error=_FULL),
+    "exit-kept": Failpoint(before="what is left of an older, longer one being cut off", error=_FULL),
     "record-remove": Failpoint(before="the launch record being removed", error=_refused(errno.EROFS)),
     # A migration: each side's steps, the two commits that move the ownership, and what follows them.
     **{
