@@ -36,10 +36,12 @@ FIRMWARE: Final = (
 #: tmux: qmpctl's attach is tested in a real terminal. iproute2: what listens is looked at with ss. systemd: its tools check the units.
 #: prometheus: promtool checks the metrics and the dashboard.
 TEST_TOOLS: Final = ("iproute2", "prometheus", "systemd", "tmux")
+#: A Debian guest is made of packages, in which the units of systemd/ have to hold.
+SLOW_TOOLS: Final = ("e2fsprogs", "mmdebstrap")
 TEST_GUESTS: Final = Path("tests/guests/guests.toml")
 #: The guest that `scripts/bench` lets flood its serial port, by the name of its toolchain in the catalogue of test guests.
 BENCH_TOOLCHAIN: Final = "aarch64"
-PURPOSES: Final = ("run", "demo", "bench", "test")
+PURPOSES: Final = ("run", "demo", "bench", "test", "slow")
 
 
 def needed(purpose: str, root: Path) -> tuple[str, ...]:
@@ -50,7 +52,9 @@ def needed(purpose: str, root: Path) -> tuple[str, ...]:
         names |= guest_packages(machines / f"{board}.toml" for board in BOARDS)
     if purpose == "bench":
         names |= assembler_packages(root / TEST_GUESTS, BENCH_TOOLCHAIN)
-    if purpose == "test":
+    if purpose == "slow":
+        names |= set(SLOW_TOOLS)
+    if purpose in {"test", "slow"}:
         names |= {*TEST_TOOLS, *assembler_packages(root / TEST_GUESTS), *guest_packages(machines.glob("*.toml"))}
     return tuple(sorted(names))
 

@@ -43,7 +43,7 @@ def _set_up(purpose: str) -> None:
             apt.install(absent)
         if not environment.ready(ROOT, purpose):
             environment.make(ROOT, purpose)
-    say(f"setup: ready to {purpose} (packages: {len(names)}, environment: {ROOT / '.venv'})")
+    say(f"setup: all is there for `{purpose}` (packages: {len(names)}, environment: {ROOT / '.venv'})")
 
 
 def _missing(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -62,7 +62,7 @@ def _options() -> argparse.Namespace:
         choices=packages.PURPOSES,
         default="run",
         help="run: QEMU and firmware (default); demo: and the guests of the demo; bench: and what the charts need; "
-        "test: and what the test suite needs",
+        "test: and what the test suite needs; slow: and what its slow proofs need",
     )
     parser.add_argument(
         "--newer-qemu",

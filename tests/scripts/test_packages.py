@@ -18,6 +18,10 @@ def test_the_tests_get_the_assemblers_of_their_guests() -> None:
     assert not set(PACKAGES) & set(needed("run", ROOT))
 
 
+def test_the_slow_proofs_get_more_than_the_quick_ones() -> None:
+    assert set(needed("slow", ROOT)) - set(needed("test", ROOT)) == {"e2fsprogs", "mmdebstrap"}
+
+
 def test_the_demo_gets_the_packages_of_its_guests_and_the_tests_those_of_all() -> None:
     demo, test = set(needed("demo", ROOT)), set(needed("test", ROOT))
 
