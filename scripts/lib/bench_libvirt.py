@@ -13,8 +13,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Final
@@ -77,6 +77,32 @@ class Virsh:
         return time.perf_counter() - began
 
 
+@contextmanager
+def opened(
+    uri: str, *, environment: Mapping[str, str] | None = None, account: int | None = None, groups: list[int] | None = None
+) -> Iterator[Virsh]:
+    """A `virsh` shell that is connected. Raises LibvirtFailed."""
+    process = subprocess.Popen(
+        [found("virsh"), "-q", "-c", uri],
+        env=environment, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True, user=account, extra_groups=groups,
+    )  # fmt: skip
+    with process:
+        if process.stdin is None or process.stdout is None:
+            raise LibvirtFailed("virsh was started without pipes")
+        virsh = Virsh(process.stdin, process.stdout)
+        virsh.run("uri")
+        yield virsh
+
+
+def found(program: str) -> str:
+    """Where a program of libvirt's is, or QEMU. Raises LibvirtFailed."""
+    path = shutil.which(program, path=PLACES)
+    if path is None:
+        raise LibvirtFailed(f"{program} is not installed")
+    return path
+
+
 @dataclass(kw_only=True)
 class Libvirt:
     """A private libvirtd."""
@@ -96,27 +122,16 @@ class Libvirt:
         path.chmod(0o644)
         return path
 
-    @contextmanager
-    def shell(self) -> Iterator[Virsh]:
+    def shell(self) -> AbstractContextManager[Virsh]:
         """A `virsh` that is connected."""
-        process = subprocess.Popen(
-            [_found("virsh"), "-q", "-c", "qemu:///session"],
-            env=self._environment(), cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True, user=_account(), extra_groups=_groups(),
-        )  # fmt: skip
-        with process:
-            if process.stdin is None or process.stdout is None:
-                raise LibvirtFailed("virsh was started without pipes")
-            virsh = Virsh(process.stdin, process.stdout)
-            virsh.run("uri")
-            yield virsh
+        return opened("qemu:///session", environment=self._environment(), account=_account(), groups=_groups())
 
     def start(self) -> None:
         """Start the daemon; returns when it listens. Raises LibvirtFailed."""
         log = (self.directory / "log").open("ab")
         with log:
             self._process = subprocess.Popen(
-                [_found("libvirtd"), "-f", str(self.directory / "libvirtd.conf")],
+                [found("libvirtd"), "-f", str(self.directory / "libvirtd.conf")],
                 env=self._environment(), cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True, user=_account(), extra_groups=_groups(),
             )  # fmt: skip
@@ -194,7 +209,7 @@ def _works(libvirt: Libvirt) -> bool:
 
 def _prepare(directory: Path) -> None:
     (directory / "bin").mkdir()
-    (directory / "bin" / EMULATOR).symlink_to(_found(EMULATOR))
+    (directory / "bin" / EMULATOR).symlink_to(found(EMULATOR))
     (directory / "libvirtd.conf").touch(mode=0o644)
     account = _account()
     if account is not None:
@@ -208,13 +223,6 @@ def _account() -> int | None:
 
 def _groups() -> list[int] | None:
     return [] if os.geteuid() == 0 else None
-
-
-def _found(program: str) -> str:
-    path = shutil.which(program, path=PLACES)
-    if path is None:
-        raise LibvirtFailed(f"{program} is not installed")
-    return path
 
 
 def end_processes(mark: str) -> None:

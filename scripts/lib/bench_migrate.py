@@ -7,6 +7,7 @@ QEMUs (STOP here, RESUME there), by somebody who asks neither a daemon nor whoev
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import statistics
@@ -21,9 +22,11 @@ import msgspec
 
 from qmpd.migrationviews import MigrateRequest
 from qmpd.spec import Disk, ImageDisk, Kernel, MachineSpec
+from scripts.lib import bench_libvirt_hosts
 from scripts.lib.bench_daemon import Bench
 from scripts.lib.bench_figures import Row, limited, paired
 from scripts.lib.bench_floor import command_line
+from scripts.lib.bench_libvirt_hosts import LibvirtHosts, Moved
 from scripts.lib.progress import say
 from tests.guests.build import build_all
 from tests.migration.byhand import Credentials, Pair, move
@@ -64,38 +67,69 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def measure(bench: Bench) -> list[Row]:
-    """Moves in turn by hand and by qmpd."""
+    """Moves in turn by hand, by qmpd and, where it is installed, between two libvirtds."""
     try:
         async with hosts() as world:
             await world.start()
             rows = []
-            for size in SIZES:
-                rows += await _measured(bench, world, size)
+            with bench_libvirt_hosts.running(world) if bench.libvirt else contextlib.nullcontext(None) as libvirt:
+                for size in SIZES:
+                    rows += await _measured(bench, world, libvirt, size)
             return rows
     except NoNetworks as reason:
         say(f"bench: nothing is migrated here: {reason}")
         return []
 
 
-async def _measured(bench: Bench, world: Hosts, size: Size) -> list[Row]:
-    floor, ours = [], []
+async def _measured(bench: Bench, world: Hosts, libvirt: LibvirtHosts | None, size: Size) -> list[Row]:
+    floor, ours, theirs = [], [], []
     spec = await asyncio.to_thread(_spec, bench.root, world, size)
     async with world[0].client() as client:
         argv = without_diary(await command_line(client, spec))
         uuid_ = (await client.create(spec, start=True)).uuid
     world.onlooker.mind(uuid_)
+    name = None if libvirt is None else await asyncio.to_thread(_started, libvirt, world, spec)
     await asyncio.sleep(SETTLE_S)
-    for number in range(bench.repeat or PAIRS):
+    pairs = bench.repeat or PAIRS
+    for number in range(pairs):
         floor.append(await asyncio.to_thread(_by_hand, world, argv))
         ours.append(await _by_qmpd(world, spec.name, uuid_, number % 2))
+        if libvirt is not None and name is not None:
+            theirs.append(await asyncio.to_thread(_by_libvirt, libvirt, world, name, number % 2))
         say(
             f"  pair {number + 1}: by hand {floor[-1].total:.0f} ms with {floor[-1].downtime:.1f} ms of standstill,"
             f" qmpd {ours[-1].total:.0f} ms with {ours[-1].downtime:.1f} ms"
         )
-    async with world[(bench.repeat or PAIRS) % 2].client() as client:
+    async with world[pairs % 2].client() as client:
         await client.kill(spec.name)
         await client.delete(spec.name)
-    return _rows(size, floor, ours)
+    if libvirt is not None:
+        await asyncio.to_thread(libvirt.end, pairs % 2)
+    return _rows(size, floor, ours, theirs)
+
+
+def _started(libvirt: LibvirtHosts, world: Hosts, spec: MachineSpec) -> str:
+    """The same machine by libvirt; its UUID."""
+    if spec.kernel is None:
+        raise ValueError("the machine boots a kernel")
+    disk = world.shared / "disk-of-libvirt.raw"
+    with disk.open("wb") as image:
+        image.truncate(DISK_MIB * MIB)
+    machine = Moved(
+        emulator=emulators().program("x86_64"),
+        memory_mib=spec.memory_mib or 0,
+        kernel=spec.kernel.image,
+        initrd=spec.kernel.initrd,
+        disk=str(disk),
+    )
+    name = libvirt.start(machine)
+    world.onlooker.mind(name)
+    return name
+
+
+def _by_libvirt(libvirt: LibvirtHosts, world: Hosts, name: str, at: int) -> Move:
+    total = libvirt.move(at)
+    return Move(total=total * 1e3, downtime=world.onlooker.gap(name) * 1e3)
 
 
 async def _by_qmpd(world: Hosts, name: str, uuid_: str, at: int) -> Move:
@@ -110,12 +144,23 @@ async def _by_qmpd(world: Hosts, name: str, uuid_: str, at: int) -> Move:
     return Move(total=total.total_seconds() * 1e3, downtime=await asyncio.to_thread(world.onlooker.gap, uuid_) * 1e3)
 
 
-def _rows(size: Size, floor: Sequence[Move], ours: Sequence[Move]) -> list[Row]:
+def _rows(size: Size, floor: Sequence[Move], ours: Sequence[Move], theirs: Sequence[Move]) -> list[Row]:
     more = statistics.median(mine.downtime - low.downtime for mine, low in zip(ours, floor, strict=True))
     totals = paired(
-        "migrate", f"live migration, {size.what}", ours=[one.total for one in ours], floor=[one.total for one in floor], times=TOTAL_BAR
+        "migrate",
+        f"live migration, {size.what}",
+        ours=[one.total for one in ours],
+        floor=[one.total for one in floor],
+        libvirt=[one.total for one in theirs],
+        times=TOTAL_BAR,
     )
-    standstill = paired("migrate", f"its downtime, {size.what}", ours=[one.downtime for one in ours], floor=[one.downtime for one in floor])
+    standstill = paired(
+        "migrate",
+        f"its downtime, {size.what}",
+        ours=[one.downtime for one in ours],
+        floor=[one.downtime for one in floor],
+        libvirt=[one.downtime for one in theirs],
+    )
     return [
         totals,
         standstill,
