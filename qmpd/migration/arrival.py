@@ -131,7 +131,11 @@ class Endings:
                 if not entry.at_rest and not await self._ready_to_run(arrival):
                     return
                 ends = await self._unpack(arrival, handover)
+                if handover.run is not entry.went:  # a daemon that dies between the commit and the note of it must know that
+                    await self._ledger.note(entry.id, went=handover.run)
                 await self._own(arrival, went=handover.run, log_ends={end.port: end.end for end in ends})
+            elif entry.phase in OWNED and handover.consoles and not entry.log_ends:  # such a daemon's successor hears it again
+                await self._ledger.note(entry.id, log_ends={end.port: end.end for end in handover.consoles})
             if self._ledger.get(arrival.migration).phase is Phase.TAKEN and not arrival.locked_out:
                 await self.set_going(arrival)
 
