@@ -57,11 +57,19 @@ class DiskChoice(Request, frozen=True, kw_only=True):
     format: DiskFormat | None = None
 
 
+class CopyRequest(Request, frozen=True, kw_only=True):
+    """The machine stays as it is, and another one of it is made at the peer, stopped: under `name` (default: the same), with a UUID and
+    MAC addresses of its own."""
+
+    name: Name | None = None
+
+
 class MigrateRequest(Request, frozen=True, kw_only=True):
     """Move a machine to the daemon `peer`. `storage` is for the disks that `disks` does not name: `auto` finds out which are shared.
     `channels`: connections for memory (multifd), 0 for QEMU's single one. `tunnel` sends everything through the API's port, for where
     no other is open. `accept`: codes of findings that shall not prevent it, where QEMU or the guest is the judge (the documentation
-    lists them)."""
+    lists them). `copy`: the machine is copied, and not moved; of the goal then `bandwidth_mib_s` counts, and `deadline_s` with
+    `then` = `abort`."""
 
     peer: Text
     dry_run: bool = False
@@ -71,6 +79,7 @@ class MigrateRequest(Request, frozen=True, kw_only=True):
     channels: Annotated[int, Meta(ge=0, le=64)] = 0
     tunnel: bool = False
     accept: Annotated[tuple[Word, ...], Meta(max_length=16)] = ()
+    copy: CopyRequest | None = None
 
 
 class MoveDiskRequest(Request, frozen=True, kw_only=True):
@@ -226,9 +235,37 @@ class MigrationReport(View, frozen=True, kw_only=True):
     reason: str | None = None
 
 
+class CopyReport(View, frozen=True, kw_only=True):
+    """The machine that was made of `machine` at the peer: its name, UUID and MAC addresses, NIC by NIC. `at_rest`: it was copied while it
+    did not run; otherwise the disks are those of one moment, for which the guest stood still for `halted_ms`."""
+
+    id: str
+    machine: str
+    peer: str
+    name: str
+    uuid: str
+    macs: tuple[str, ...] = ()
+    at_rest: bool = True
+    halted_ms: float | None = None
+    total_ms: float | None = None
+    transferred_bytes: int = 0
+    bandwidth_mib_s: float | None = None
+    findings: tuple[MigrationFinding, ...] = ()
+    disks: tuple[MovedDisk, ...] = ()
+
+
+class CopyView(View, frozen=True, kw_only=True):
+    """The machine that a copy makes, and the one it is made of."""
+
+    name: str
+    uuid: str
+    original: str
+
+
 class MigrationView(View, frozen=True, kw_only=True):
     """A migration as this daemon knows it. `role` is this daemon's; `phase` one of its table; `owner` who owns the machine now. `job`: the
-    one that carries it out. `cancellable` False: past the point of no return. `doubt`: why it stands still until somebody resolves it."""
+    one that carries it out. `cancellable` False: past the point of no return. `doubt`: why it stands still until somebody resolves it.
+    `copy`: nothing moves, and another machine is made."""
 
     id: str
     machine: str
@@ -244,6 +281,7 @@ class MigrationView(View, frozen=True, kw_only=True):
     goal: Goal | None = None
     progress: MigrationProgress | None = None
     report: MigrationReport | None = None
+    copy: CopyView | None = None
 
 
 class MigrationList(View, frozen=True, kw_only=True):

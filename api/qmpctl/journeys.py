@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from qmpctl.quantities import amount, duration
 
 if TYPE_CHECKING:
-    from qmpd.migrationviews import DryRunReport, MigrationFinding, MigrationProgress, MigrationReport, Tuning
+    from qmpd.migrationviews import CopyReport, DryRunReport, MigrationFinding, MigrationProgress, MigrationReport, Tuning
 
 _MIB: Final = 1024 * 1024
 _MS: Final = 1000.0
@@ -51,6 +51,20 @@ def report_lines(report: MigrationReport) -> Iterator[str]:
     yield from finding_lines(report.findings)
 
 
+def copy_lines(report: CopyReport) -> Iterator[str]:
+    """What was made of it: name and identity first, then the figures."""
+    parts = [
+        f"guest halted for {duration(report.halted_ms / _MS)}" if report.halted_ms is not None else "",
+        f"total {duration(report.total_ms / _MS)}" if report.total_ms is not None else "",
+        f"{amount(report.transferred_bytes)} sent",
+    ]
+    yield f"{report.machine}: copied to {report.peer} as {report.name} ({', '.join(part for part in parts if part)})"
+    yield f"  uuid {report.uuid}"
+    for disk in report.disks:
+        yield f"  disk {disk.disk}: {disk.how}, {disk.path}" + (f", {amount(disk.bytes)}" if disk.bytes else "")
+    yield from finding_lines(report.findings)
+
+
 def _figures(report: MigrationReport) -> str:
     parts = [
         f"downtime {duration(report.downtime_ms / _MS)}" if report.downtime_ms is not None else "",
@@ -79,11 +93,11 @@ def finding_lines(findings: Iterable[MigrationFinding]) -> Iterator[str]:
             yield f"           > {finding.mend}"
 
 
-def dry_run_lines(report: DryRunReport) -> Iterator[str]:
-    """What was found out without moving anything."""
+def dry_run_lines(report: DryRunReport, verb: str = "moved") -> Iterator[str]:
+    """What was found out without moving or copying anything."""
     counts = {kind: sum(finding.severity == kind for finding in report.findings) for kind in ("error", "warning")}
     numbers = ", ".join(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in counts.items() if count) or "nothing is in the way"
-    yield f"{report.machine}: {'can' if report.possible else 'cannot'} be moved to {report.peer}: {numbers}"
+    yield f"{report.machine}: {'can' if report.possible else 'cannot'} be {verb} to {report.peer}: {numbers}"
     yield from finding_lines(report.findings)
     if report.prediction is not None:
         yield f"  {report.prediction.explanation}"

@@ -13,7 +13,7 @@ from qmpctl.completion import machine_names
 from qmpctl.exits import Exit
 from qmpctl.history import exit_of, meter
 from qmpctl.invocation import Verb, as_json, perform
-from qmpctl.journeys import dry_run_lines, progress_text, report_lines
+from qmpctl.journeys import copy_lines, dry_run_lines, progress_text, report_lines
 from qmpctl.quantities import DurationType, SizeType
 from qmpctl.tables import ago, print_facts, print_json, print_table, printable
 
@@ -94,6 +94,8 @@ def _disk(text: str) -> dict[str, object]:
 @click.argument("peer")
 @click.option("--dry-run", is_flag=True, help="Only find out what is in the way, and how long it would take.")
 @goal_options()
+@click.option("--copy", is_flag=True, help="Make another machine of it there, stopped; this one stays as it is.")
+@click.option("--as", "copy_name", metavar="NEWNAME", help="With --copy: what the copy is called (default: the same).")
 @click.option("--channels", type=click.IntRange(0, 64), default=0, metavar="N", help="More connections for memory (multifd).")
 @click.option("--tunnel", is_flag=True, help="Everything through the API's port: slower, where no other is open.")
 @click.option("--copy-storage", is_flag=True, help="Copy the disks, whatever is at the destination.")
@@ -102,7 +104,10 @@ def _disk(text: str) -> dict[str, object]:
 @click.option("--accept", multiple=True, metavar="CODE", help="A finding that shall not prevent it; may be repeated.")
 @click.option("--detach", is_flag=True, help="Do not wait: print the job.")
 def migrate_command(name: str, detach: bool, **wishes: Any) -> int:
-    """Move a machine to another daemon's host. Its guest goes on, but for an instant. An interrupt leaves the migration alone."""
+    """Move a machine to another daemon's host, or copy it there. Its guest goes on, but for an instant. An interrupt leaves the migration
+    alone."""
+    if wishes["copy_name"] is not None and not wishes["copy"]:
+        raise click.UsageError("--as names a copy: give --copy as well")
     if wishes["then"] is not None and wishes["deadline"] is None:
         raise click.UsageError("--then says what happens at the deadline: give a --deadline")
     if wishes["copy_storage"] and wishes["shared_storage"]:
@@ -119,6 +124,7 @@ def migrate_command(name: str, detach: bool, **wishes: Any) -> int:
             "channels": wishes["channels"],
             "tunnel": wishes["tunnel"],
             "accept": wishes["accept"],
+            "copy": {"name": wishes["copy_name"]} if wishes["copy"] else None,
         },
         MigrateRequest,
     )
@@ -131,7 +137,8 @@ async def migrated(client: Client, name: str, request: MigrateRequest, *, wait: 
     job = await client.migrate(name, request)
     if not wait:
         return job
-    what = f"looking whether {name} can move to {request.peer}" if request.dry_run else f"moving {name} to {request.peer}"
+    verbs = ("move", "moving") if request.copy is None else ("be copied", "copying")
+    what = f"looking whether {name} can {verbs[0]} to {request.peer}" if request.dry_run else f"{verbs[1]} {name} to {request.peer}"
     with meter(what) as show:
         try:
             return await client.wait_job(job.id, show)
@@ -152,7 +159,7 @@ def show_outcome(job: JobView, request: MigrateRequest, *, one_line: bool = Fals
     """Print what became of a migration that has ended; the exit code says whether it is what was wanted."""
     import msgspec
 
-    from qmpd.migrationviews import DryRunReport, MigrationReport
+    from qmpd.migrationviews import CopyReport, DryRunReport, MigrationReport
 
     if job.state != "succeeded":
         if job.error is None:
@@ -160,8 +167,12 @@ def show_outcome(job: JobView, request: MigrateRequest, *, one_line: bool = Fals
         return exit_of(job)
     if request.dry_run:
         dry = msgspec.convert(job.result, DryRunReport)
-        _print(dry, dry_run_lines(dry), one_line=one_line)
+        _print(dry, dry_run_lines(dry, "moved" if request.copy is None else "copied"), one_line=one_line)
         return Exit.OK if dry.possible else Exit.NO
+    if request.copy is not None:
+        copy = msgspec.convert(job.result, CopyReport)
+        _print(copy, copy_lines(copy), one_line=one_line)
+        return Exit.OK
     report = msgspec.convert(job.result, MigrationReport)
     _print(report, report_lines(report), one_line=one_line)
     return Exit.OK if report.owner == "destination" else Exit.NO
@@ -201,6 +212,7 @@ def _show(migration: MigrationView) -> None:
             "peer": f"{migration.peer} ({'to' if migration.role == 'source' else 'from'} there)",
             "phase": migration.phase,
             "owner": migration.owner,
+            "copy": None if migration.copy is None else f"{migration.copy.name} ({migration.copy.uuid}) of {migration.copy.original}",
             "doubt": migration.doubt,
             "downtime": None if goal is None else f"{goal.downtime_ms} ms",
             "deadline": None if goal is None or goal.deadline_s is None else f"{goal.deadline_s:g} s, then {goal.then}",
@@ -222,7 +234,8 @@ def migrations_command(machine: str | None) -> None:
 
 
 def _row(migration: MigrationView) -> tuple[str, ...]:
-    remark = migration.doubt or (progress_text(migration.progress) if migration.progress is not None else "")
+    made = f"copied as {migration.copy.name}" if migration.copy is not None and migration.role == "source" else ""
+    remark = migration.doubt or made or (progress_text(migration.progress) if migration.progress is not None else "")
     if not remark and migration.report is not None:
         remark = next(report_lines(migration.report))
     return (

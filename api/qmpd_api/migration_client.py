@@ -26,7 +26,8 @@ class MigrationVerbs(ABC):
         """The pool of connections to the daemon."""
 
     async def migrate(self, name: str, request: MigrateRequest) -> JobView:
-        """Move a machine to a peer; returns the job that does it. Its result is a MigrationReport, or with `dry_run` a DryRunReport."""
+        """Move a machine to a peer, or copy it; returns the job that does it. Its result is a MigrationReport, with `copy` a CopyReport,
+        and with `dry_run` a DryRunReport."""
         path = f"/v1/machines/{segment(name)}/migrate"
         return await self.connection.call("POST", path, JobView, body=request, deadline_s=PROBE_DEADLINE_S)
 

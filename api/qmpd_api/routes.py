@@ -215,7 +215,7 @@ ROUTES: Final[tuple[Route[Any, Any], ...]] = (
           query=Query, handler=trust_handlers.peer_health, answer=pv.PeerHealth, errors=(e.NotFound,), pool="waits"),
     Route(method="GET", path="/v1/peer", summary="What this daemon says to a peer that asks", right="peer", query=Query,
           handler=trust_handlers.greeting, answer=pv.PeerGreeting),
-    Route(method="POST", path=f"{_AT}/migrate", summary="Move a machine to a peer, as a job", right="admin", query=Query,
+    Route(method="POST", path=f"{_AT}/migrate", summary="Move a machine to a peer, or copy it, as a job", right="admin", query=Query,
           handler=migration_handlers.migrate, body=mv.MigrateRequest, answer=v.JobView, status=202,
           errors=(e.NotFound, e.Forbidden, e.WrongState, e.GivenAway, e.GoingDown), pool="changes"),
     Route(method="POST", path=f"{_AT}/disks/{{id}}/move", summary="Move a disk of a running machine to another file, as a job",

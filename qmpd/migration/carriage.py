@@ -98,7 +98,7 @@ class Carriage:
         left = {f"disk-{disk.index}" for disk in accepted.disks if disk.how == "shared"}
         parcels = tuple(parcel for parcel in entry.offer.parcels if parcel.item not in left)
         paths = self._registry.paths(machine.name)
-        consignment = Consignment(machine, paths, entry.id, parcels, link, request.goal.bandwidth_mib_s)
+        consignment = Consignment(machine, paths, entry.id, parcels, link, request.goal.bandwidth_mib_s, departure.elsewhere)
         await self._ledger.step(entry.id, Step.PERFORM)
         limit = asyncio.timeout(request.goal.deadline_s if request.goal.then == "abort" else None)
         try:

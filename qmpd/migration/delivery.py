@@ -52,9 +52,10 @@ _log = logging.getLogger(__name__)
 class Departure:
     """One machine on its way, held by its migration. `problem` says why it cannot go on at the moment."""
 
-    def __init__(self, migration: str, machine: Machine) -> None:
+    def __init__(self, migration: str, machine: Machine, verb: str = "migrate") -> None:
         self.migration = migration
         self.machine = machine
+        self.verb = verb
         self.problem = ""
         #: The commit that gives it away was begun: only that commit's outcome says who owns the machine.
         self.giving = False
@@ -67,13 +68,15 @@ class Departure:
         self.shipment: Shipment | None = None
         self.belongings: Belongings | None = None
         self.job: str | None = None
+        #: What is sent in the place of files that a guest writes to, by item.
+        self.elsewhere: dict[str, str] = {}
         #: What was found before it, and did not prevent it.
         self.findings: tuple[MigrationFinding, ...] = ()
         self._held = ExitStack()
 
     def hold(self) -> None:
         """Keeps other verbs out. Raises Held."""
-        self._held.enter_context(self.machine.holding("migrate"))
+        self._held.enter_context(self.machine.holding(self.verb))
 
     def release(self) -> None:
         """Lets others at it."""

@@ -20,7 +20,7 @@ from qmpd.errors import NotFound
 from qmpd.failpoint import passing
 from qmpd.journal import timestamp, utc_now
 from qmpd.migration.outgoing import Before
-from qmpd.migration.phases import Phase, Role, Step, after
+from qmpd.migration.phases import FIRST, Phase, Role, Step, after
 from qmpd.migration.protocol import Offer
 from qmpd.tasks import undivided
 
@@ -62,6 +62,30 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     def at_rest(self) -> bool:
         """Whether the machine does not run, and all of it are files."""
         return self.offer.state == "stopped"
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the machine stays where it is, and another one is made of it: of that is the offer, and the UUID."""
+        return self.offer.copy_of is not None
+
+
+def first_entry(offer: Offer, machine: str, peer: str, before: Before | None = None) -> Entry:
+    """The entry with which a migration of a machine begins at its source."""
+    moment = timestamp(utc_now())
+    return Entry(
+        id=offer.id,
+        role="source",
+        machine=machine,
+        uuid=offer.uuid,
+        peer=peer,
+        epoch=offer.epoch,
+        phase=FIRST["source"],
+        offer=offer,
+        went=offer.state == "running",
+        before=before,
+        began_at=moment,
+        changed_at=moment,
+    )
 
 
 class Ledger:

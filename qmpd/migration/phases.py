@@ -10,6 +10,8 @@ Rules:
 * Until it has given, the source may keep the machine for any reason; it never asks whether it may. Once it has given, it gets the
   machine back only from a destination that has discarded it for good, having never run it.
 * A destination that has not taken may discard at any time, and never runs what it has not taken.
+* A copy changes no owner: what is *released* is another machine, under an identity of its own, which the destination makes its own in the
+  same steps. The source's definition is never touched, and says nothing of it.
 * A phase that is over for one side (`ENDED`) never changes again: every verb of a peer may be repeated, and gets the same answer.
 
 The diagrams in docs are generated from these tables. Known imperfection: where the source is lost for good after it gave and before the
@@ -25,7 +27,7 @@ Role: TypeAlias = Literal["source", "destination"]
 
 
 class Phase(StrEnum):
-    """How far a side got. The first six are the source's, the others the destination's."""
+    """How far a side got. The first eight are the source's, the others the destination's."""
 
     BEGUN = "begun"
     PREPARED = "prepared"
@@ -33,6 +35,8 @@ class Phase(StrEnum):
     GIVEN = "given"
     MOVED = "moved"
     KEPT = "kept"
+    RELEASED = "released"
+    COPIED = "copied"
     AWAITING = "awaiting"
     LOADED = "loaded"
     TAKEN = "taken"
@@ -46,6 +50,7 @@ class Step(StrEnum):
     ACCEPTED = "accepted"
     PERFORM = "perform"
     GIVE = "give"
+    RELEASE = "release"
     CONFIRM = "confirm"
     KEEP = "keep"
     RETURNED = "returned"
@@ -66,10 +71,12 @@ TABLES: Final[dict[Role, dict[Phase, dict[Step, Phase]]]] = {
     "source": {
         _P.BEGUN: {_S.ACCEPTED: _P.PREPARED, _S.KEEP: _P.KEPT},
         _P.PREPARED: {_S.PERFORM: _P.PERFORMING, _S.KEEP: _P.KEPT},
-        _P.PERFORMING: {_S.GIVE: _P.GIVEN, _S.KEEP: _P.KEPT},
+        _P.PERFORMING: {_S.GIVE: _P.GIVEN, _S.RELEASE: _P.RELEASED, _S.KEEP: _P.KEPT},
         _P.GIVEN: {_S.CONFIRM: _P.MOVED, _S.RETURNED: _P.KEPT},
+        _P.RELEASED: {_S.CONFIRM: _P.COPIED, _S.RETURNED: _P.KEPT},
         _P.MOVED: {},
         _P.KEPT: {},
+        _P.COPIED: {},
     },
     "destination": {
         _P.AWAITING: {_S.LOAD: _P.LOADED, _S.DISCARD: _P.DISCARDED},
@@ -84,12 +91,14 @@ TABLES: Final[dict[Role, dict[Phase, dict[Step, Phase]]]] = {
 FIRST: Final[dict[Role, Phase]] = {"source": _P.BEGUN, "destination": _P.AWAITING}
 #: Phases of the source in which it still owns the machine and may keep it.
 KEEPABLE: Final = frozenset({_P.BEGUN, _P.PREPARED, _P.PERFORMING})
+#: Phases of the source in which what it sent is for the destination to have.
+HANDED_OVER: Final = frozenset({_P.GIVEN, _P.MOVED, _P.RELEASED, _P.COPIED})
 #: Phases of the destination in which the machine is not its own.
 UNOWNED: Final = frozenset({_P.AWAITING, _P.LOADED})
 #: Phases of the destination in which it is.
 OWNED: Final = frozenset({_P.TAKEN, _P.ARRIVED})
 #: Phases in which a side has decided, once and for all.
-ENDED: Final = frozenset({_P.MOVED, _P.KEPT, _P.ARRIVED, _P.DISCARDED})
+ENDED: Final = frozenset({_P.MOVED, _P.KEPT, _P.COPIED, _P.ARRIVED, _P.DISCARDED})
 
 
 def after(role: Role, phase: Phase, step: Step) -> Phase:

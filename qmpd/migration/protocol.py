@@ -1,4 +1,4 @@
-"""What two daemons say to each other to move a machine: documents, and nothing that acts.
+"""What two daemons say to each other to move a machine, or to copy one: documents, and nothing that acts.
 
 Every verb may be repeated and then gets the same answer, so that a lost answer is asked for again. `VERSION` is raised when a daemon
 could misunderstand another one's offer; a destination refuses what it does not know.
@@ -15,7 +15,7 @@ from msgspec import Meta
 from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.parcels import MAX_PARCELS, Parcel
 from qmpd.migration.phases import Phase, Role
-from qmpd.spec import UUID_PATTERN, DiskFormat, MachineSpec, Path, Text, Word
+from qmpd.spec import UUID_PATTERN, DiskFormat, MachineSpec, Name, Path, Text, Word
 from qmpd.viewbase import Request, View
 
 VERSION: Final = 1
@@ -57,12 +57,19 @@ class DiskOffer(Request, frozen=True, kw_only=True):
     format: DiskFormat | None = None
 
 
+class Original(Request, frozen=True, kw_only=True):
+    """The machine at the source that an offer is a copy of."""
+
+    name: Name
+    uuid: Annotated[str, Meta(pattern=UUID_PATTERN)]
+
+
 class Offer(Request, frozen=True, kw_only=True):
     """A machine that another host offers to hand over.
 
     `state` is what it does there now. `parcels` is what it brings beside its memory: all of it where it is `stopped`, and then nobody knows
     an accelerator or an emulator of it. `bitmaps`: its disks have some, which move along. `unlimited`: it is taken without its limits where
-    they cannot be kept.
+    they cannot be kept. `copy_of`: it is no machine of the source's, but a copy of one that stays there, with an identity of its own.
     """
 
     protocol: int
@@ -83,6 +90,7 @@ class Offer(Request, frozen=True, kw_only=True):
     bitmaps: bool = False
     tunnel: bool = False
     unlimited: bool = False
+    copy_of: Original | None = None
 
     def __post_init__(self) -> None:
         if self.accel is None and self.state != "stopped":

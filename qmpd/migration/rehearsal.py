@@ -18,7 +18,9 @@ from qmpd.machine import Machine
 from qmpd.migration.comparison import accepted, compared, possible
 from qmpd.migration.convergence import keeps_track
 from qmpd.migration.delivery import insisted
+from qmpd.migration.duplicates import Duplicates
 from qmpd.migration.fingerprints import Fingerprints
+from qmpd.migration.identity import copy_findings, mended_for_copy
 from qmpd.migration.likeness import DestinationFacts, MachineFacts, SourceDisk, SourceFacts
 from qmpd.migration.prediction import predicted, predicted_at_rest
 from qmpd.migration.premises import forwarded, needed_bytes
@@ -44,8 +46,9 @@ _FIRST: Final = bytes(1024)
 class Rehearsals:
     """Compares the machines of one host with what others have for them."""
 
-    def __init__(self, shipping: Shipping, fingerprints: Fingerprints) -> None:
+    def __init__(self, shipping: Shipping, duplicates: Duplicates, fingerprints: Fingerprints) -> None:
         self._shipping = shipping
+        self._duplicates = duplicates
         self._fingerprints = fingerprints
 
     async def rehearse(self, machine: Machine, request: MigrateRequest, link: PeerDaemon, report: Report) -> DryRunReport:
@@ -56,13 +59,13 @@ class Rehearsals:
             PeerError: the peer does not answer.
         """
         await report(Progress(phase="the destination tries it"))
-        offer, _ = await self._shipping.offer(machine, request, secrets.token_hex(8))
+        offer = await self._offered(machine, request)
         async with alongside(_changing_mib_s(machine, offer), f"dirty-rate:{machine.name}") as changing:
             there = await insisted(lambda: link.tried(offer))
             here = await self._facts(machine, offer, there)
             await report(Progress(phase="the way is measured"))
             prediction = await _predicted(link, request, here, there, offer, changing)
-        findings = accepted(compared(here, there), request.accept)
+        findings = _judged(machine, request, offer, here, there)
         return DryRunReport(
             machine=machine.name,
             peer=request.peer,
@@ -81,12 +84,20 @@ class Rehearsals:
         """
         if there is None:
             raise CannotMove("the destination does not say what it has for the machine")
-        findings = accepted(compared(await self._facts(machine, offer, there), there), request.accept)
+        findings = _judged(machine, request, offer, await self._facts(machine, offer, there), there)
         if not possible(findings):
             errors = [finding.message for finding in findings if finding.severity == "error"]
             more = f", and {len(errors) - 1} more" if len(errors) > 1 else ""
-            raise CannotMove(f"machine {machine.name!r} cannot be moved: {errors[0]}{more}", findings=msgspec.to_builtins(findings))
+            what = "moved" if request.copy is None else "copied"
+            raise CannotMove(f"machine {machine.name!r} cannot be {what}: {errors[0]}{more}", findings=msgspec.to_builtins(findings))
         return findings
+
+    async def _offered(self, machine: Machine, request: MigrateRequest) -> Offer:
+        migration = secrets.token_hex(8)
+        if request.copy is not None:
+            return await self._duplicates.offer(machine, request, migration)
+        offer, _ = await self._shipping.offer(machine, request, migration)
+        return offer
 
     async def _facts(self, machine: Machine, offer: Offer, there: DestinationFacts) -> MachineFacts:
         spec, how = offer.spec, {disk.index: disk.how for disk in there.disks}
@@ -118,6 +129,15 @@ class Rehearsals:
             postcopy=offer.postcopy,
             bitmaps=offer.bitmaps,
         )
+
+
+def _judged(
+    machine: Machine, request: MigrateRequest, offer: Offer, here: MachineFacts, there: DestinationFacts
+) -> tuple[MigrationFinding, ...]:
+    findings = compared(here, there)
+    if request.copy is not None:
+        findings = (*mended_for_copy(findings), *copy_findings(machine.definition.spec, offer.spec))
+    return accepted(findings, request.accept)
 
 
 async def _changing_mib_s(machine: Machine, offer: Offer) -> float | None:

@@ -16,7 +16,7 @@ from qmpd.machine import Machine
 from qmpd.migration.arrival import Arrival, Endings
 from qmpd.migration.delivery import Deliveries, Departure, code_of
 from qmpd.migration.ledger import Entry, Ledger
-from qmpd.migration.phases import OWNED, UNOWNED, Phase, Step
+from qmpd.migration.phases import HANDED_OVER, OWNED, UNOWNED, Phase, Step
 from qmpd.migration.protocol import DiscardRequest, Handover, Standing
 from qmpd.peering import Peering
 from qmpd.peers import PeerDaemon
@@ -175,7 +175,7 @@ class DestinationResolutions:
                 found = await link.standing(arrival.migration)
         except (PeerError, NotFound, HostError):
             return  # it is not there: the operator's word has to do
-        if found.phase not in {Phase.GIVEN, Phase.MOVED}:
+        if found.phase not in HANDED_OVER:
             message = f"{arrival.peer} answers, and has not given the machine away: there it is {found.phase}"
             raise WrongState(message, state=str(found.phase), allowed=[str(Phase.GIVEN)])
 

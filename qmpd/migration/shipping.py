@@ -190,7 +190,7 @@ class Shipping:
             return await self._at_rest(machine, request, migration), None
         if launch is None or definition.adoption is not None:
             raise CannotMove(f"machine {machine.name!r} was started by somebody else: qmpd does not know all of it")
-        disks = await self._disks(machine, request)
+        disks = await self.disks(machine, request)
         noted = await bitmaps(machine.session)
         _check_bitmaps(noted, disks)
         offer = Offer(
@@ -218,7 +218,7 @@ class Shipping:
     async def _at_rest(self, machine: Machine, request: MigrateRequest, migration: str) -> Offer:
         """The offer of a machine of which there are only files."""
         definition = machine.definition
-        disks = await self._disks(machine, request)
+        disks = await self.disks(machine, request)
         check_formats(definition.spec, disks)
         left = [disk.index for disk in disks if disk.how == "shared" and isinstance(definition.spec.disks[disk.index], ImageDisk)]
         return Offer(
@@ -236,7 +236,8 @@ class Shipping:
             unlimited="limit-unkept" in request.accept,
         )
 
-    async def _disks(self, machine: Machine, request: MigrateRequest) -> tuple[DiskOffer, ...]:
+    async def disks(self, machine: Machine, request: MigrateRequest) -> tuple[DiskOffer, ...]:
+        """How each disk is to go, as far as the source can say."""
         spec = machine.definition.spec
         paths = [disk_path(spec, self._paths(machine.name), index) for index in range(len(spec.disks))]
         marks = await asyncio.to_thread(lambda: [mark_of(path) for path in paths])

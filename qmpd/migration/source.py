@@ -7,30 +7,28 @@ it has heard that the machine arrived (and removes what is left of it here), or 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
 from contextlib import AsyncExitStack, suppress
-from functools import partial
 from typing import Final
 
 from qmpd.errors import Held, HostError, MigrationFailed, NotFound, PeerError, QmpdError, WrongState
 from qmpd.jobs import Report
-from qmpd.journal import Journal, timestamp, utc_now
+from qmpd.journal import Journal
 from qmpd.lifecycle import AT_REST
 from qmpd.machine import Machine, Publish
 from qmpd.migration.carriage import Carriage, Carried
 from qmpd.migration.convergence import revised
-from qmpd.migration.delivery import AGAIN_S, DOUBT_S, LONGEST_AGAIN_S, Deliveries, Departure, asked, code_of
+from qmpd.migration.delivery import DOUBT_S, Deliveries, Departure
 from qmpd.migration.following import is_halfway
 from qmpd.migration.giving import NOT_WRITTEN, Giving
-from qmpd.migration.ledger import Entry, Ledger
-from qmpd.migration.outgoing import Before
-from qmpd.migration.phases import FIRST, KEEPABLE, Phase, Step
-from qmpd.migration.protocol import DiscardRequest, Offer, Standing
+from qmpd.migration.ledger import Entry, Ledger, first_entry
+from qmpd.migration.phases import KEEPABLE, Phase, Step
+from qmpd.migration.protocol import Standing
 from qmpd.migration.rehearsal import Rehearsals
 from qmpd.migration.resolution import SourceResolutions
 from qmpd.migration.shipping import LIVE, Shipping
+from qmpd.migration.withdrawal import Withdrawals, reason_of
 from qmpd.migrationviews import DryRunReport, GoalChanges, MigrateRequest, MigrationReport
 from qmpd.peering import Peering
 from qmpd.peers import PeerDaemon
@@ -56,6 +54,7 @@ class Departures:
         peering: Peering,
         shipping: Shipping,
         rehearsals: Rehearsals,
+        withdrawals: Withdrawals,
         tasks: Tasks,
         publish: Publish,
     ) -> None:
@@ -71,8 +70,9 @@ class Departures:
             registry=registry, ledger=ledger, journal=journal, shipping=shipping, publish=publish, departures=self._departures
         )
 
+        self._withdrawals = withdrawals
         self._giving = Giving(registry, ledger, self._deliveries)
-        self._carriage = Carriage(
+        self.carriage = Carriage(
             registry=registry, ledger=ledger, journal=journal, shipping=shipping, rehearsals=rehearsals, giving=self._giving
         )
         self.resolutions = SourceResolutions(ledger=ledger, peering=peering, deliveries=self._deliveries, departures=self._departures)
@@ -99,7 +99,7 @@ class Departures:
             offer, before = await self._shipping.offer(machine, request, departure.migration)
             if offer.state == "stopped":
                 await self._registry.check_free(machine)
-            entry = await self._ledger.begin(_first(offer, before, peer.name))
+            entry = await self._ledger.begin(first_entry(offer, machine.name, peer.name, before))
         except BaseException:
             departure.release()
             raise
@@ -109,7 +109,7 @@ class Departures:
             try:
                 link = await stack.enter_async_context(self._peering.dial(peer))
             except BaseException as error:
-                await undivided(self._kept(departure, _words(error)), f"keep:{machine.name}")
+                await undivided(self._kept(departure, reason_of(error)), f"keep:{machine.name}")
                 raise
             carried = await self._shipped(departure, peer, link, request, report)
             outcome = await carried.reported(departure, entry)
@@ -169,7 +169,7 @@ class Departures:
 
     def restore(self) -> None:
         """Before processes are taken over: holds the machines that were on their way, so that nobody else touches them."""
-        for entry in sorted(self._ledger.unsettled("source"), key=self._gave, reverse=True):
+        for entry in sorted(self._unsettled(), key=self._gave, reverse=True):
             machine = self._registry.known(entry.machine)
             if machine is None or machine.definition.uuid != entry.uuid or entry.phase is Phase.KEPT:
                 continue
@@ -181,6 +181,9 @@ class Departures:
                 continue
             self._departures[entry.id] = departure
 
+    def _unsettled(self) -> list[Entry]:
+        return [entry for entry in self._ledger.unsettled("source") if not entry.is_copy]
+
     def _gave(self, entry: Entry) -> tuple[bool, str]:
         machine = self._registry.known(entry.machine)
         given = machine.definition.given if machine is not None else None
@@ -188,12 +191,12 @@ class Departures:
 
     def go_on(self) -> None:
         """After processes were taken over: goes on with each where it stood."""
-        for entry in self._ledger.unsettled("source"):
+        for entry in self._unsettled():
             departure = self._departures.get(entry.id)
             if departure is not None:
                 self._tasks.start(self._go_on(departure), f"departure:{entry.machine}")
             elif entry.phase in {Phase.KEPT, *KEEPABLE}:
-                self._tasks.start(self._told(entry), f"tell:{entry.machine}")
+                self._tasks.start(self._withdrawals.told(entry), f"tell:{entry.machine}")
             else:
                 self._tasks.start(self._ledger.settle(entry.id), f"settle:{entry.machine}")
 
@@ -257,13 +260,13 @@ class Departures:
         """Everything up to the commit that gives the machine away. If it fails before, the machine is here as it was."""
         machine = departure.machine
         try:
-            carried = await self._carriage.carry(departure, peer, link, request, report)
+            carried = await self.carriage.carry(departure, peer, link, request, report)
             report.point_of_no_return(f"machine {machine.name!r} is being given to {peer.name}")
             await self._giving.give(departure, went=carried.went, halfway=carried.halfway)
         except BaseException as error:
             undecided = departure.giving and not isinstance(error, NOT_WRITTEN)
             if machine.definition.given is None and not undecided:
-                await undivided(self._keep(departure, _words(error)), f"keep:{machine.name}")
+                await undivided(self._keep(departure, reason_of(error)), f"keep:{machine.name}")
             raise
         return carried
 
@@ -291,54 +294,4 @@ class Departures:
         self._departures.pop(entry.id, None)
         departure.release()
         self._publish("migration.kept", machine.name, {"migration": entry.id, "peer": entry.peer, "reason": reason})
-        self._tasks.start(self._told(entry), f"tell:{machine.name}")
-
-    async def _told(self, entry: Entry) -> None:
-        """Tells the peer that it will not get the machine, until it has heard it."""
-        if entry.phase in KEEPABLE:
-            entry = await self._ledger.step(entry.id, Step.KEEP, reason="the machine is not known here any more")
-        try:
-            peer = self._peering.peers.get(entry.peer)
-        except QmpdError:
-            await self._ledger.settle(entry.id)  # it is no peer any more: nothing it says or hears counts
-            return
-        pause = AGAIN_S
-        async with self._peering.dial(peer) as link:
-            while True:
-                try:
-                    found = await asked(partial(link.discard, entry.id, DiscardRequest(reason=entry.reason)))
-                    if found.phase in {Phase.TAKEN, Phase.ARRIVED}:
-                        reason = f"{entry.peer} says that it owns the machine, which was kept here: a person took it there"
-                        _log.error("two owners", extra={"machine": entry.machine, "peer": entry.peer, "migration": entry.id})
-                        self._publish("migration.doubt", entry.machine, {"migration": entry.id, "peer": entry.peer, "reason": reason})
-                    break
-                except PeerError as error:
-                    if code_of(error) == "not_found":
-                        break  # it never heard of it
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, LONGEST_AGAIN_S)
-        await self._ledger.settle(entry.id)
-
-
-def _first(offer: Offer, before: Before | None, peer: str) -> Entry:
-    moment = timestamp(utc_now())
-    return Entry(
-        id=offer.id,
-        role="source",
-        machine=offer.spec.name,
-        uuid=offer.uuid,
-        peer=peer,
-        epoch=offer.epoch,
-        phase=FIRST["source"],
-        offer=offer,
-        went=offer.state == "running",
-        before=before,
-        began_at=moment,
-        changed_at=moment,
-    )
-
-
-def _words(error: BaseException) -> str:
-    if isinstance(error, asyncio.CancelledError):
-        return "it was cancelled"
-    return error.message if isinstance(error, QmpdError) else repr(error)
+        self._tasks.start(self._withdrawals.told(entry), f"tell:{machine.name}")

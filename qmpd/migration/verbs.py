@@ -13,7 +13,9 @@ from qmpd.jobs import Jobs
 from qmpd.journal import Journal
 from qmpd.machine import Machine, Publish
 from qmpd.migration.admission import Admissions
+from qmpd.migration.copies import VERB, Copies
 from qmpd.migration.destination import Arrivals
+from qmpd.migration.duplicates import Duplicates, check_wishes
 from qmpd.migration.fingerprints import Fingerprints
 from qmpd.migration.itemdesk import ItemDesk
 from qmpd.migration.ledger import Entry, Ledger
@@ -28,7 +30,8 @@ from qmpd.migration.source import MOVABLE, Departures
 from qmpd.migration.trial import Trials
 from qmpd.migration.tunnel import Meter, Near
 from qmpd.migration.vacancies import Vacancies
-from qmpd.migrationviews import GoalChanges, MigrateRequest, MigrationList, MigrationView, Owner, ResolveRequest
+from qmpd.migration.withdrawal import Withdrawals
+from qmpd.migrationviews import CopyView, GoalChanges, MigrateRequest, MigrationList, MigrationView, Owner, ResolveRequest
 from qmpd.peering import Peering
 from qmpd.planning import Planning
 from qmpd.registry import Registry
@@ -46,6 +49,8 @@ _OWNERS: dict[Phase, Owner] = {
     Phase.GIVEN: "destination",
     Phase.MOVED: "destination",
     Phase.KEPT: "source",
+    Phase.RELEASED: "source",
+    Phase.COPIED: "source",
     Phase.AWAITING: "source",
     Phase.LOADED: "unknown",
     Phase.TAKEN: "destination",
@@ -81,6 +86,7 @@ class Migration:
         self._refuse = refuse
         self._vacancies = Vacancies(ledger, refuse)
         fingerprints, shipping = Fingerprints(settings.pools), Shipping(settings.pki_dir, registry.paths)
+        duplicates, withdrawals = Duplicates(shipping, registry.paths), Withdrawals(ledger, peering, publish)
         premises = Premises(settings, registry, planning, fingerprints)
         self._trials = Trials(planning, premises, settings.run_dir)
         self._arrivals = Arrivals(
@@ -100,7 +106,18 @@ class Migration:
             journal=journal,
             peering=peering,
             shipping=shipping,
-            rehearsals=Rehearsals(shipping, fingerprints),
+            rehearsals=Rehearsals(shipping, duplicates, fingerprints),
+            withdrawals=withdrawals,
+            tasks=self._tasks,
+            publish=publish,
+        )
+        self._copies = Copies(
+            registry=registry,
+            ledger=ledger,
+            peering=peering,
+            duplicates=duplicates,
+            carriage=self._departures.carriage,
+            withdrawals=withdrawals,
             tasks=self._tasks,
             publish=publish,
         )
@@ -108,7 +125,7 @@ class Migration:
     # For people.
 
     async def migrate(self, name: str, request: MigrateRequest) -> JobView:
-        """Moves a machine to a peer, as a job; or finds out what that would take.
+        """Moves a machine to a peer, or makes a copy of it there, as a job; or finds out what that would take.
 
         Raises:
             NotFound, Forbidden: there is no such peer, or it may not receive machines.
@@ -118,14 +135,20 @@ class Migration:
         """
         if request.tunnel and request.goal.then == "postcopy":
             raise invalid([Problem(path="$.goal.then", message=NO_POSTCOPY)])
+        if request.copy is not None:
+            check_wishes(request)
         machine = self._registry.get(name)
         self._peering.peers.receiver(request.peer)
         machine.definition.check_owned()
-        machine.require(MOVABLE, "migrate")
-        self._refuse("moved")
-        work = self._departures.rehearse if request.dry_run else self._departures.migrate
-        kind = "migrate-dry-run" if request.dry_run else "migrate"
-        return await self._jobs.begin_reporting(kind, name, lambda report: work(machine, request, report))
+        machine.require(MOVABLE, "migrate" if request.copy is None else VERB)
+        self._refuse("moved" if request.copy is None else "copied")
+        if request.dry_run:
+            return await self._jobs.begin_reporting(
+                "migrate-dry-run", name, lambda report: self._departures.rehearse(machine, request, report)
+            )
+        if request.copy is not None:
+            return await self._jobs.begin_reporting(VERB, name, lambda report: self._copies.copy(machine, request, report))
+        return await self._jobs.begin_reporting("migrate", name, lambda report: self._departures.migrate(machine, request, report))
 
     def list(self, machine: str | None = None) -> MigrationList:
         """The migrations to and from this host, newest first."""
@@ -157,7 +180,12 @@ class Migration:
         allowed = ["keep", "moved"] if entry.role == "source" else ["take", "discard"]
         if request.action not in allowed:
             raise WrongState(f"this host is the {entry.role}: {request.action!r} is for the other one", state=entry.role, allowed=allowed)
-        if request.action == "keep":
+        if entry.is_copy and entry.role == "source":
+            if request.action == "moved":
+                message = "a copy leaves its original where it is: there is nothing to remove"
+                raise WrongState(message, state=str(entry.phase), allowed=["keep"])
+            await self._copies.give_up(entry)
+        elif request.action == "keep":
             await self._departures.resolutions.keep(machine)
         elif request.action == "moved":
             await self._departures.resolutions.forget(machine)
@@ -236,7 +264,7 @@ class Migration:
         entry = self._ledger.get(migration)
         if entry.peer != peer.name:
             raise NotFound(f"there is no migration {migration!r}", migration=migration)
-        return self._departures.standing(entry) if entry.role == "source" else await self._arrivals.answer(entry)
+        return self._standing(entry) if entry.role == "source" else await self._arrivals.answer(entry)
 
     # After a restart of the daemon.
 
@@ -250,19 +278,27 @@ class Migration:
         """Goes on with what an earlier daemon began. At the end everything is left where it stands, for the next one."""
         await asyncio.to_thread(self._trials.sweep)
         self._departures.go_on()
+        self._copies.go_on()
         self._arrivals.go_on()
         try:
             yield
         finally:
             self._vacancies.closing = True
             self._departures.close()
+            self._copies.closing = True
             self._arrivals.close()
             await self._jobs.interrupt()
             await self._tasks.cancel()
 
+    def _standing(self, entry: Entry) -> Standing:
+        if entry.role == "destination":
+            return self._arrivals.standing(entry)
+        return (self._copies if entry.is_copy else self._departures).standing(entry)
+
     def _view(self, entry: Entry) -> MigrationView:
-        problem = (self._departures if entry.role == "source" else self._arrivals).standing(entry).problem
-        departure = self._departures.under_way(entry.id)
+        problem = self._standing(entry).problem
+        departure = (self._copies if entry.is_copy else self._departures).under_way(entry.id)
+        of = entry.offer.copy_of
         tuner = departure.shipment.tuner if departure is not None and departure.shipment is not None else None
         undecided = entry.phase in {Phase.GIVEN, Phase.LOADED}
         return MigrationView(
@@ -279,4 +315,5 @@ class Migration:
             progress=tuner.progress(str(entry.phase)) if tuner is not None else None,
             began_at=entry.began_at,
             ended_at=entry.changed_at if entry.phase in ENDED else None,
+            copy=CopyView(name=entry.offer.spec.name, uuid=entry.uuid, original=of.name) if of is not None else None,
         )

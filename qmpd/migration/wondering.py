@@ -13,7 +13,7 @@ from qmpd.machine import Publish
 from qmpd.migration.arrival import AGAIN_S, Arrival, Endings, last_words
 from qmpd.migration.delivery import code_of
 from qmpd.migration.ledger import Ledger
-from qmpd.migration.phases import UNOWNED, Phase
+from qmpd.migration.phases import HANDED_OVER, UNOWNED, Phase
 from qmpd.migration.protocol import Handover, Standing
 from qmpd.migration.reception import Reception
 from qmpd.peering import Peering
@@ -73,7 +73,7 @@ class Wondering:
         arrival.problem = ""
         if found.phase is Phase.KEPT:
             await self._endings.discard(arrival, found.reason or "the source keeps the machine")
-        elif found.phase in {Phase.GIVEN, Phase.MOVED}:
+        elif found.phase in HANDED_OVER:
             entry = self._ledger.get(arrival.migration)
             await undivided(
                 self._endings.take(arrival, found.handover or Handover(epoch=entry.epoch, run=entry.went)), f"take:{entry.machine}"

@@ -25,6 +25,7 @@ from scripts.lib.progress import say
 from scripts.lib.restartable import DaemonFailed
 from tests.guests.build import build_all
 from tests.machines import spec_of
+from tests.migration.copying import suffered_in_copy, survey_of_copy
 from tests.migration.crashes import HARMS, PROMISED, Case, Verdict, crossed, said, suffered, survey
 from tests.migration.hosts import hosts
 from tests.migration.network import NoNetworks
@@ -53,19 +54,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _matrix(options: argparse.Namespace) -> int:
-    guest = (await asyncio.to_thread(build_all, ROOT / ".cache" / "guests"))[GUEST_AT_REST if options.at_rest else GUEST]
-    harms = options.harms or (HARMS_AT_REST if options.at_rest else PROMISED)
+    at_rest = options.at_rest or options.copy
+    guest = (await asyncio.to_thread(build_all, ROOT / ".cache" / "guests"))[GUEST_AT_REST if at_rest else GUEST]
+    harms = options.harms or (HARMS_AT_REST if at_rest else PROMISED)
     verdicts: list[Verdict] = []
     async with hosts() as world:
         await world.start()
-        if options.at_rest:
+        if options.copy:
+            points = await survey_of_copy(world, guest, everything=options.everything)
+        elif options.at_rest:
             points = await survey_at_rest(world, guest, everything=options.everything)
         else:
             points = await survey(world, spec_of(guest, "survey"), everything=options.everything)
         chosen = [point for point in points if re.search(options.points, str(point))]
         say(f"migrations: {len(points)} points on the way, {len(chosen)} of them with {', '.join(harms)}")
         for number, case in enumerate(crossed(chosen, harms)):
-            if options.at_rest:
+            if options.copy:
+                verdicts.append(await suffered_in_copy(world, guest, f"m{number}", case))
+            elif options.at_rest:
                 verdicts.append(await suffered_at_rest(world, guest, f"m{number}", case))
             else:
                 verdicts.append(await suffered(world, spec_of(guest, f"m{number}"), case))
@@ -128,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     matrix = proofs.add_parser("matrix", help="every crash point")
     matrix.add_argument("--harms", nargs="+", choices=list(HARMS), metavar="HARM", help=f"of {', '.join(HARMS)}")
     matrix.add_argument("--at-rest", action="store_true", help="of a machine that does not run, and moves as files")
+    matrix.add_argument("--copy", action="store_true", help="of a machine that does not run, and is copied")
     matrix.add_argument("--points", default="", metavar="REGEX", help="only points whose name this fits, like 'source ownership'")
     matrix.add_argument("--everything", action="store_true", help="at all failpoints there are, not those of migrations alone")
     soak = proofs.add_parser("soak", help="back and forth under load")

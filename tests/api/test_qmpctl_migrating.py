@@ -122,6 +122,7 @@ def test_the_options_are_the_request(daemon: StandIn) -> None:
         "channels": 4,
         "tunnel": True,
         "accept": ["known-trouble"],
+        "copy": None,
     }
 
 

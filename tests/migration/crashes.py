@@ -135,8 +135,11 @@ async def survey(world: Hosts, spec: MachineSpec, storage: Storage = "auto", *, 
     return points
 
 
-async def passed(sides: Sides, request: MigrateRequest, *, everything: bool = False) -> list[Point]:
-    """Every point that this migration passes, which must end well: both daemons stop at each failpoint, and are sent on."""
+async def passed(
+    sides: Sides, request: MigrateRequest, *, everything: bool = False, settled: Callable[[], Awaitable[object]] | None = None
+) -> list[Point]:
+    """Every point that this migration passes, which must end well: both daemons stop at each failpoint, and are sent on. `settled` waits
+    until all is over; as a rule one host has the machine then."""
     world, machine = sides.machine.world, sides.machine
     names = [name for name in CATALOGUE if everything or name.startswith(OF_MIGRATION)]
     begun = {host.name: len(host.log()) for host in world.each}
@@ -145,7 +148,7 @@ async def passed(sides: Sides, request: MigrateRequest, *, everything: bool = Fa
         for host in world.each:
             await host.restart(",".join(f"{name}:stop" for name in names if name != "database-migrate"))
         await ended(sides, await asked(sides, request))
-        await machine.at_home()
+        await (settled or machine.at_home)()
     finally:
         thawing.cancel()
         await asyncio.gather(thawing, return_exceptions=True)

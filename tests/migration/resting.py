@@ -72,10 +72,10 @@ def _filled(own: Path, image: Path) -> tuple[str, str]:
         file.write(random.Random(own.parent.name).randbytes(2 * MIB + 4321))
         file.seek(OWN_MIB * MIB - 999)
         file.write(b"the last of it")
-    return _digest(image), _digest(own)
+    return digest_of(image), digest_of(own)
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "no file"
 
 
@@ -131,7 +131,7 @@ def _files(resting: Resting, host: Host) -> list[str]:
     """What is wrong with its files, and what there is that should not be."""
     sides, machine = resting.sides, resting.sides.machine
     moved = host is sides.destination
-    found = (_digest(resting.there if moved else resting.image), _digest(host.own(machine.name) / OWN))
+    found = (digest_of(resting.there if moved else resting.image), digest_of(host.own(machine.name) / OWN))
     broken = [] if found == resting.digests else [f"its disks are others at {host.name}: {found}, and {resting.digests} before"]
     if not moved and resting.there.exists():
         broken.append(f"left: {resting.there}")

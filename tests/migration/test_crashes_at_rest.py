@@ -1,4 +1,4 @@
-"""Crash points that matter most of a machine at rest that moves, here; all of them: `scripts/migrations matrix --at-rest`."""
+"""Crash points that matter most of a machine at rest that moves or is copied; all: `scripts/migrations matrix --at-rest`, `--copy`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 
 from scripts.lib import migrations
 from tests.guests.build import Guest
+from tests.migration.copying import suffered_in_copy, survey_of_copy
 from tests.migration.crashes import OF_MIGRATION, Case, Point, said
 from tests.migration.hosts import hosts
 from tests.migration.network import NoNetworks
@@ -20,6 +21,18 @@ POINTS = (
     Point(side="source", failpoint="ownership-give", number=1),
     Point(side="source", failpoint="ownership-given", number=1),
     Point(side="source", failpoint="files-remove", number=1),
+    Point(side="destination", failpoint="migration-file-write", number=2),
+    Point(side="destination", failpoint="migration-loaded-written", number=1),
+    Point(side="destination", failpoint="migration-file-placed", number=1),
+    Point(side="destination", failpoint="ownership-take", number=1),
+    Point(side="destination", failpoint="ownership-taken", number=1),
+)
+#: Around the note that makes a copy the peer's to take, and in the middle of a file.
+COPY_POINTS = (
+    Point(side="source", failpoint="migration-performing-written", number=1),
+    Point(side="source", failpoint="migration-released", number=1),
+    Point(side="source", failpoint="migration-released-written", number=1),
+    Point(side="source", failpoint="migration-copied", number=1),
     Point(side="destination", failpoint="migration-file-write", number=2),
     Point(side="destination", failpoint="migration-loaded-written", number=1),
     Point(side="destination", failpoint="migration-file-placed", number=1),
@@ -46,19 +59,37 @@ async def test_a_machine_at_rest_is_somewhere_and_whole_whatever_dies(guests: di
 
 
 @pytest.mark.timeout(LIMIT_S)
+@pytest.mark.parametrize("harm", HARMS_AT_REST)
+async def test_a_copy_is_whole_or_nothing_and_its_original_untouched_whatever_dies(guests: dict[str, Guest], harm: str) -> None:
+    try:
+        async with hosts() as world:
+            await world.start()
+            for number, point in enumerate(COPY_POINTS[1::3] if harm == "link-flap" else COPY_POINTS):
+                verdict = await suffered_in_copy(world, guests[migrations.GUEST_AT_REST], f"m{number}", Case(point=point, harm=harm))
+                assert not verdict.broken, f"{verdict}\n{said(world, migrations.LOG_LINES)}"
+                assert verdict.reached
+    except NoNetworks as reason:
+        unavailable(reason)
+
+
+@pytest.mark.timeout(LIMIT_S)
 async def test_the_points_of_such_a_move_are_those_of_both_journals(guests: dict[str, Guest]) -> None:
     try:
         async with hosts() as world:
             await world.start()
             points = await survey_at_rest(world, guests[migrations.GUEST_AT_REST])
+            of_copy = await survey_of_copy(world, guests[migrations.GUEST_AT_REST])
     except NoNetworks as reason:
         unavailable(reason)
     assert {point for point in POINTS if point.failpoint.startswith(OF_MIGRATION)} <= set(points)
+    assert {point for point in COPY_POINTS if point.failpoint.startswith(OF_MIGRATION)} <= set(of_copy)
+    assert not {"migration-given", "ownership-give", "migration-moved"} & {point.failpoint for point in of_copy}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(MATRIX_LIMIT_S)
-def test_every_crash_point_at_rest(guests: dict[str, Guest], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("what", ["--at-rest", "--copy"])
+def test_every_crash_point_at_rest(guests: dict[str, Guest], capsys: pytest.CaptureFixture[str], what: str) -> None:
     assert guests
-    status = migrations.main(["matrix", "--at-rest"])
+    status = migrations.main(["matrix", what])
     assert status == 0, capsys.readouterr().out

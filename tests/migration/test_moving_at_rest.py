@@ -49,7 +49,8 @@ def holed(path: Path, size: int, seed: int) -> bytes:
 
 def arriving(directory: Path) -> list[Path]:
     """What is on its way, or was left."""
-    return [path for path in directory.rglob(".*") if path.name.endswith(".arriving")]
+    walked = os.walk(directory)  # what is removed meanwhile it passes over
+    return [Path(place, name) for place, _, names in walked for name in names if name.startswith(".") and name.endswith(".arriving")]
 
 
 def choice_of(path: Path, disk: int = 0) -> dict[str, object]:

@@ -161,7 +161,7 @@ class Traveller:
     async def at_home(self) -> tuple[Host, MachineView]:
         """The owner, once everything is settled, and nothing is left anywhere else. Raises Broken."""
         await self.rest()
-        await self._idle()
+        await self.idle()
         host, view = await self.owner()
         for other in self.world.each:
             if other is not host:
@@ -180,7 +180,8 @@ class Traveller:
         found += [f"object {item['name']}" for item in _items(objects) if "migration" in str(item["name"]) or "tls" in str(item["name"])]
         return found + [f"capability {item['capability']}" for item in _items(switches) if item["state"]]
 
-    async def _idle(self) -> None:
+    async def idle(self) -> None:
+        """Returns when no verb holds it anywhere. Raises Broken."""
         end = time.monotonic() + PATIENCE_S
         while busy := [f"{name}: {view.operation}" for name, view in (await self.views()).items() if view.operation is not None]:
             if time.monotonic() > end:
