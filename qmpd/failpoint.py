@@ -134,6 +134,12 @@ CATALOGUE: Final[Mapping[str, Failpoint]] = {
     "succession-log": Failpoint(before="the new QEMU's piece of a console's log becoming a part of it", error=_IO),
     "succession-cont": Failpoint(before="the guest being set going in the new QEMU", error=lambda: QemuDied("the monitor ended")),
     "succession-settle": Failpoint(before="what is left of the old QEMU being removed", error=_IO),
+    # The disks of one moment, of a machine that is copied while it lives.
+    "still-make": Failpoint(before="the images for the disks of one moment being made", error=_no_space),
+    "still-halt": Failpoint(before="the guest being halted for that moment", error=lambda: QemuDied("the monitor ended")),
+    "still-halted": Failpoint(before="the images being completed, while the guest stands still"),
+    "still-cont": Failpoint(before="the guest being set going again", error=lambda: MonitorUnavailable("there is no monitor")),
+    "still-remove": Failpoint(before="those images being removed", error=_IO),
     # Another host's machine on its way here.
     "migration-trial": Failpoint(before="the questions to a QEMU that tries a machine for another host"),
     "migration-log-write": Failpoint(before="bytes of a console's log that arrive being written", error=_FULL),

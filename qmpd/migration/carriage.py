@@ -15,6 +15,7 @@ from qmpd.migration.belongings import Belongings
 from qmpd.migration.consignment import Consignment
 from qmpd.migration.delivery import Departure, insisted
 from qmpd.migration.giving import Giving
+from qmpd.migration.items import targets
 from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.phases import Step
 from qmpd.migration.protocol import Acceptance
@@ -98,7 +99,8 @@ class Carriage:
         left = {f"disk-{disk.index}" for disk in accepted.disks if disk.how == "shared"}
         parcels = tuple(parcel for parcel in entry.offer.parcels if parcel.item not in left)
         paths = self._registry.paths(machine.name)
-        consignment = Consignment(machine, paths, entry.id, parcels, link, request.goal.bandwidth_mib_s, departure.elsewhere)
+        files = targets(entry.offer.spec, paths, tuple(machine.consoles)) | departure.elsewhere
+        consignment = Consignment(machine, files, entry.id, parcels, link, request.goal.bandwidth_mib_s)
         await self._ledger.step(entry.id, Step.PERFORM)
         limit = asyncio.timeout(request.goal.deadline_s if request.goal.then == "abort" else None)
         try:

@@ -85,22 +85,20 @@ def _log_parcel(machine: Machine, item: str, target: Target) -> Parcel:
 
 class Consignment:
     """The files of one machine, of which the destination takes `parcels`. `sent` says how many bytes of each went over the network.
-    `elsewhere` names what is sent in the place of an item's own file."""
+    `files` says where each lies."""
 
     def __init__(
         self,
         machine: Machine,
-        paths: MachinePaths,
+        files: Mapping[str, Target],
         migration: str,
         parcels: tuple[Parcel, ...],
         link: PeerDaemon,
         limit_mib: int | None,
-        elsewhere: Mapping[str, str] | None = None,
     ) -> None:
         self.sent = {parcel.item: 0 for parcel in parcels}
         self._machine = machine
-        self._targets = targets(machine.definition.spec, paths, tuple(machine.consoles))
-        self._elsewhere = elsewhere or {}
+        self._targets = files
         self._migration = migration
         self._parcels = parcels
         self._link = link
@@ -128,7 +126,7 @@ class Consignment:
                     await self._send_log(parcel, target)
                     continue
                 try:
-                    path = await asyncio.to_thread(os.path.realpath, self._elsewhere.get(parcel.item, target.path))
+                    path = await asyncio.to_thread(os.path.realpath, target.path)
                     await FileSender(self, self._migration, parcel.item, path).send(self._progressed(parcel.item))
                 except OSError as error:
                     raise CannotMove(f"{target.path} cannot be read: {error.strerror}", path=target.path) from error

@@ -14,17 +14,22 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Final
 
-from qmpd.errors import HostError, MigrationFailed, NotFound, PeerError, PeerRefused, QmpdError, WrongState
+import msgspec
+
+from qmpd.errors import Held, HostError, MigrationFailed, NotFound, PeerError, PeerRefused, QmpdError, WrongState
 from qmpd.jobs import Report
 from qmpd.lifecycle import AT_REST
 from qmpd.machine import Machine, Publish
 from qmpd.migration.carriage import Carriage
-from qmpd.migration.delivery import AGAIN_S, LONGEST_AGAIN_S, Departure, asked, code_of
+from qmpd.migration.delivery import AGAIN_S, LONGEST_AGAIN_S, Departure, asked, code_of, insisted
 from qmpd.migration.duplicates import Duplicates
+from qmpd.migration.exposures import Exposures
 from qmpd.migration.ledger import Entry, Ledger, first_entry
 from qmpd.migration.persistence import persist
 from qmpd.migration.phases import ENDED, KEEPABLE, OWNED, Phase, Step
 from qmpd.migration.protocol import DiscardRequest, Handover, Standing
+from qmpd.migration.rehearsal import Rehearsals
+from qmpd.migration.shipping import LIVE
 from qmpd.migration.withdrawal import Withdrawals, reason_of
 from qmpd.migrationviews import CopyReport, MigrateRequest, MigrationReport
 from qmpd.peering import Peering
@@ -32,6 +37,7 @@ from qmpd.peers import PeerDaemon
 from qmpd.registry import Registry
 from qmpd.settings import Peer
 from qmpd.tasks import Tasks, undivided
+from qmpd.views import Progress
 
 VERB: Final = "copy"
 #: What is noted of a copy whose peer never said whether it has it.
@@ -50,6 +56,8 @@ class Copies:
         ledger: Ledger,
         peering: Peering,
         duplicates: Duplicates,
+        rehearsals: Rehearsals,
+        exposures: Exposures,
         carriage: Carriage,
         withdrawals: Withdrawals,
         tasks: Tasks,
@@ -59,6 +67,8 @@ class Copies:
         self._ledger = ledger
         self._peering = peering
         self._duplicates = duplicates
+        self._rehearsals = rehearsals
+        self._exposures = exposures
         self._carriage = carriage
         self._withdrawals = withdrawals
         self._tasks = tasks
@@ -81,9 +91,11 @@ class Copies:
         departure.job = report.job
         departure.hold()
         try:
-            machine.require(AT_REST, VERB)
+            machine.require(LIVE | AT_REST, VERB)
+            lives = machine.state not in AT_REST
             offer = await self._duplicates.offer(machine, request, departure.migration)
-            await self._registry.check_free(machine)
+            if not lives:
+                await self._registry.check_free(machine)
             entry = await self._ledger.begin(first_entry(offer, machine.name, peer.name))
         except BaseException:
             departure.release()
@@ -93,13 +105,35 @@ class Copies:
         async with AsyncExitStack() as stack:
             try:
                 link = await stack.enter_async_context(self._peering.dial(peer))
+                halted_ms = None
+                if lives:
+                    began = asyncio.get_running_loop().time()
+                    halted_ms = await self._exposed(departure, link, request, report)
+                    request = _left(request, asyncio.get_running_loop().time() - began)
                 outcome = await self._released(departure, peer, link, request, report)
             except BaseException as error:
                 if self._ledger.get(entry.id).phase in KEEPABLE:
                     await undivided(self._kept(departure, Step.KEEP, reason_of(error)), f"keep:{machine.name}")
                 raise
             await self._delivered(departure, link)
-        return _reported(entry, outcome)
+        return _reported(entry, outcome, at_rest=not lives, halted_ms=halted_ms)
+
+    async def _exposed(self, departure: Departure, link: PeerDaemon, request: MigrateRequest, report: Report) -> float | None:
+        """Takes the disks of a machine that lives as they are at one moment, if the peer would take a copy; then the original is free. For
+        how long its guest was halted."""
+        offer = self._ledger.get(departure.migration).offer
+        await report(Progress(phase="the destination tries it"))
+        await self._rehearsals.checked(departure.machine, request, offer, await insisted(lambda: link.tried(offer)))
+        limit = asyncio.timeout(request.goal.deadline_s)  # with a deadline it is given up (`check_wishes`)
+        try:
+            async with limit:
+                halted_ms = await self._exposures.take(departure, report)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise MigrationFailed(f"the disks were not copied within {request.goal.deadline_s:g} s") from error
+        departure.release()
+        return halted_ms
 
     async def _released(
         self, departure: Departure, peer: Peer, link: PeerDaemon, request: MigrateRequest, report: Report
@@ -110,7 +144,9 @@ class Copies:
         report.point_of_no_return(f"{peer.name} is making its copy of machine {departure.machine.name!r} its own")
         await undivided(self._ledger.step(entry.id, Step.RELEASE), f"release:{entry.machine}")
         departure.release()
-        return await carried.reported(departure, entry)
+        outcome = await carried.reported(departure, entry)
+        await self._exposures.clear(entry)
+        return outcome
 
     def standing(self, entry: Entry) -> Standing:
         """How far this side is."""
@@ -157,6 +193,19 @@ class Copies:
 
     # After a restart of the daemon.
 
+    def restore(self) -> None:
+        """Before processes are taken over: holds the machines of which something has to be put right before others may do anything."""
+        for entry in self._ledger.unsettled("source"):
+            machine, of = self._registry.known(entry.machine), entry.offer.copy_of
+            if of is None or machine is None or machine.definition.uuid != of.uuid or entry.phase not in KEEPABLE:
+                continue
+            departure = Departure(entry.id, machine, VERB)
+            try:
+                departure.hold()
+            except Held:  # a copy that was taken, and a move that began after it
+                continue
+            self._under_way[entry.id] = departure
+
     def go_on(self) -> None:
         """Goes on with each copy where it stood."""
         for entry in self._ledger.unsettled("source"):
@@ -164,13 +213,16 @@ class Copies:
                 self._tasks.start(self._gone_on(entry), f"copy:{entry.machine}")
 
     async def _gone_on(self, entry: Entry) -> None:
-        machine = self._registry.known(entry.machine)
+        departure, machine = self._under_way.get(entry.id), self._registry.known(entry.machine)
+        say = departure.say if departure is not None else _nobody
         if entry.phase in KEEPABLE:
-            reason = "the daemon of the source was restarted"
-            entry = await self._noted(entry, Step.KEEP, reason, lambda _problem: None)
+            entry = await self._noted(entry, Step.KEEP, "the daemon of the source was restarted", say)
+        if departure is not None:
+            self._let_go(departure)
         if entry.phase is Phase.KEPT:
             await self._withdrawals.told(entry)
-        elif entry.phase is Phase.COPIED or machine is None:
+        elif entry.phase is Phase.COPIED or machine is None:  # the peer asks what was decided, if it has not heard it
+            await self._noted(entry, Step.CONFIRM, entry.reason, say)
             await self._ledger.settle(entry.id)
         else:
             departure = self._under_way[entry.id] = Departure(entry.id, machine, VERB)
@@ -241,6 +293,7 @@ class Copies:
         """Writes down what became of a copy, whatever that takes."""
 
         async def noted() -> Entry:
+            await self._exposures.clear(entry)
             now = self._ledger.get(entry.id)
             return now if now.phase in ENDED else await self._ledger.step(entry.id, step, reason=reason)
 
@@ -254,11 +307,23 @@ class Copies:
         return self.closing
 
 
+def _nobody(_problem: str) -> None:
+    """Nobody shows why it cannot go on; the log has it."""
+
+
+def _left(request: MigrateRequest, elapsed_s: float) -> MigrateRequest:
+    """The request with what is left of the time that it allows."""
+    if request.goal.deadline_s is None:
+        return request
+    goal = msgspec.structs.replace(request.goal, deadline_s=max(0.001, request.goal.deadline_s - elapsed_s))
+    return msgspec.structs.replace(request, goal=goal)
+
+
 def _handover(entry: Entry) -> Handover:
     return Handover(epoch=entry.epoch, run=False)
 
 
-def _reported(entry: Entry, carried: MigrationReport) -> CopyReport:
+def _reported(entry: Entry, carried: MigrationReport, *, at_rest: bool, halted_ms: float | None) -> CopyReport:
     spec = entry.offer.spec
     return CopyReport(
         id=entry.id,
@@ -267,6 +332,8 @@ def _reported(entry: Entry, carried: MigrationReport) -> CopyReport:
         name=spec.name,
         uuid=entry.uuid,
         macs=tuple(nic.mac for nic in spec.nics if nic.mac is not None),
+        at_rest=at_rest,
+        halted_ms=halted_ms,
         total_ms=carried.total_ms,
         transferred_bytes=carried.transferred_bytes,
         bandwidth_mib_s=carried.bandwidth_mib_s,

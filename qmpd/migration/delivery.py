@@ -20,6 +20,7 @@ from qmpd.migration.addresses import Address, TcpAddress
 from qmpd.migration.belongings import REST_LIMIT_S, Belongings, bare_ends
 from qmpd.migration.discrepancy import found
 from qmpd.migration.following import follow
+from qmpd.migration.items import Target
 from qmpd.migration.ledger import Ledger
 from qmpd.migration.persistence import persist
 from qmpd.migration.phases import Phase, Step
@@ -69,7 +70,7 @@ class Departure:
         self.belongings: Belongings | None = None
         self.job: str | None = None
         #: What is sent in the place of files that a guest writes to, by item.
-        self.elsewhere: dict[str, str] = {}
+        self.elsewhere: dict[str, Target] = {}
         #: What was found before it, and did not prevent it.
         self.findings: tuple[MigrationFinding, ...] = ()
         self._held = ExitStack()

@@ -26,6 +26,7 @@ from qmpd.migration.progress import DiskProgress
 from qmpd.migration.qemu import IMPATIENT_S, PREFIX, Qemu, ask_list, execute_or_yank, yank
 from qmpd.migration.tls import ClientTls
 from qmpd.migration.watch import Watch, watching
+from qmpd.spec import DiskFormat
 
 #: A copy that is behind and does not move for so long is given up, and one that has not caught up with a halted guest by then.
 STALL_LIMIT_S: Final = 20.0
@@ -45,23 +46,30 @@ _log = logging.getLogger(__name__)
 
 
 class DiskCopy(msgspec.Struct, frozen=True, kw_only=True):
-    """A disk to copy: its node, the export it goes to, and whether the other end has all that is below the top layer already."""
+    """A disk to copy: its node, the export it goes to, and whether the other end has all that is below the top layer already.
+
+    With `path` it goes to that file of this host, an image of `format` that is there and as long; `export` is what it is called then.
+    """
 
     node: str
     export: str
     top: bool = False
+    path: str | None = None
+    format: DiskFormat = "raw"
 
 
 class Mirrors:
-    """The disks of one guest, copied to one NBD server. Jobs and nodes have names that whoever tidies up finds.
+    """The disks of one guest, copied to one NBD server, or to files. Jobs and nodes have names that whoever tidies up finds.
 
     A server at a Unix socket must be one that its owner closes before `drop_all`: QEMU does not hear that its own end was shut down
     (`yank`) while a full one does not take what it writes, and turns round and round in place of that. TCP has no such trouble.
     """
 
-    def __init__(self, qemu: Qemu, disks: Sequence[DiskCopy], at: Address | None, credentials: ClientTls | None) -> None:
+    def __init__(
+        self, qemu: Qemu, disks: Sequence[DiskCopy], at: Address | None, credentials: ClientTls | None, *, prefix: str = PREFIX
+    ) -> None:
         self._qemu = qemu
-        self._disks = {f"{PREFIX}-{index}": disk for index, disk in enumerate(disks)}
+        self._disks = {f"{prefix}-{index}": disk for index, disk in enumerate(disks)}
         self._at = at
         self._tls = credentials
         self._moved: dict[str, tuple[int, float]] = {}
@@ -76,7 +84,7 @@ class Mirrors:
             QemuRefused: the server is not there, does not admit us, or has not what is expected.
             QemuSilent: it does not answer; the connection was broken.
         """
-        if self._at is None and self._disks:
+        if self._at is None and any(disk.path is None for disk in self._disks.values()):
             raise MigrationFailed("disks are to be copied, and there is no address to copy them to")
         for name, disk in self._disks.items():
             await self._qemu.execute("blockdev-add", self._target(name, disk), deadline_s=OPEN_DEADLINE_S)
@@ -158,6 +166,9 @@ class Mirrors:
             await execute_or_yank(self._qemu, "blockdev-del", {"node-name": name})
 
     def _target(self, name: str, disk: DiskCopy) -> dict[str, object]:
+        if disk.path is not None:  # with `discard` a hole stays one
+            file = {"driver": "file", "filename": disk.path, "discard": "unmap"}
+            return {"driver": disk.format, "node-name": name, "discard": "unmap", "file": file}
         if self._at is None:
             raise MigrationFailed("there is no address to copy disks to")
         target: dict[str, object] = {"driver": "nbd", "node-name": name, "server": socket_address(self._at), "export": disk.export}
@@ -167,8 +178,9 @@ class Mirrors:
         return target
 
 
-async def drop_all(qemu: Qemu) -> None:
-    """Ends every copy for a migration, whatever it waits for: no job and no node of one is left, the guest's disks are what they were.
+async def drop_all(qemu: Qemu, prefix: str = PREFIX) -> None:
+    """Ends every copy for a migration, or with names like `prefix`, whatever it waits for: no job and no node of one is left, the guest's
+    disks are what they were.
 
     Raises:
         MigrationFailed: a job did not end, even without its connection.
@@ -177,16 +189,16 @@ async def drop_all(qemu: Qemu) -> None:
         try:
             async with asyncio.timeout(END_LIMIT_S):
                 for name, job in (await current_jobs(qemu)).items():
-                    if name.startswith(PREFIX):
+                    if name.startswith(prefix):
                         await _end(qemu, name, job, watch)
         except TimeoutError as error:
             raise MigrationFailed(f"the copies of the disks did not end within {END_LIMIT_S:g} s") from error
-        filters = await _filters_gone(qemu, watch)
-    for name in await _nodes(qemu) - filters:
+        filters = await _filters_gone(qemu, watch, prefix)
+    for name in await _nodes(qemu, prefix) - filters:
         await qemu.execute("blockdev-del", {"node-name": name})
 
 
-async def _filters_gone(qemu: Qemu, watch: Watch) -> frozenset[str]:
+async def _filters_gone(qemu: Qemu, watch: Watch, prefix: str) -> frozenset[str]:
     """Waits for what the jobs had put above the disks, which goes a moment after them. Returns what does not go.
 
     QEMU 7.2 forgets one now and then when a copy is given up: it is out of the guest's way, but its disk cannot be copied any more.
@@ -194,7 +206,7 @@ async def _filters_gone(qemu: Qemu, watch: Watch) -> frozenset[str]:
     left: frozenset[str] = frozenset()
     try:
         async with asyncio.timeout(FILTER_LIMIT_S):
-            while left := frozenset(name for name in await _nodes(qemu) if name.endswith(_FILTER)):
+            while left := frozenset(name for name in await _nodes(qemu, prefix) if name.endswith(_FILTER)):
                 await watch.wake()
     except TimeoutError:
         _log.warning("QEMU keeps a filter that is of no use any more", extra={"nodes": sorted(left)})
@@ -218,6 +230,6 @@ async def _end(qemu: Qemu, name: str, job: Job, watch: Watch) -> None:
         await qemu.execute("job-dismiss", {"id": name})
 
 
-async def _nodes(qemu: Qemu) -> frozenset[str]:
+async def _nodes(qemu: Qemu, prefix: str) -> frozenset[str]:
     nodes = await ask_list(qemu, "query-named-block-nodes", {"flat": True})
-    return frozenset(name for node in nodes if (name := str(node.get("node-name"))).startswith(PREFIX))
+    return frozenset(name for node in nodes if (name := str(node.get("node-name"))).startswith(prefix))

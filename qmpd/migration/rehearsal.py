@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeAlias
 
 import msgspec
 
 from qmpd.errors import CannotMove, PeerError
+from qmpd.facts import MachinePaths
 from qmpd.jobs import Report
+from qmpd.lifecycle import AT_REST
 from qmpd.machine import Machine
 from qmpd.migration.comparison import accepted, compared, possible
 from qmpd.migration.convergence import keeps_track
@@ -21,11 +24,13 @@ from qmpd.migration.delivery import insisted
 from qmpd.migration.duplicates import Duplicates
 from qmpd.migration.fingerprints import Fingerprints
 from qmpd.migration.identity import copy_findings, mended_for_copy
+from qmpd.migration.items import targets
 from qmpd.migration.likeness import DestinationFacts, MachineFacts, SourceDisk, SourceFacts
 from qmpd.migration.prediction import predicted, predicted_at_rest
 from qmpd.migration.premises import forwarded, needed_bytes
 from qmpd.migration.protocol import VERSION, Offer
 from qmpd.migration.shipping import Shipping
+from qmpd.migration.stills import room_findings
 from qmpd.migration.survey import dirty_mib_s, surveyed
 from qmpd.migrationviews import DryRunReport, MigrateRequest, MigrationFinding, Prediction
 from qmpd.peers import PeerDaemon
@@ -33,6 +38,7 @@ from qmpd.tasks import alongside
 from qmpd.views import Progress
 
 MIB: Final = 1024 * 1024
+Paths: TypeAlias = Callable[[str], MachinePaths]
 #: Long enough to get past the slow beginning of a connection, short enough to disturb nobody.
 MEASURED_S: Final = 0.5
 MOST_MEASURED_BYTES: Final = 32 * MIB
@@ -46,9 +52,10 @@ _FIRST: Final = bytes(1024)
 class Rehearsals:
     """Compares the machines of one host with what others have for them."""
 
-    def __init__(self, shipping: Shipping, duplicates: Duplicates, fingerprints: Fingerprints) -> None:
+    def __init__(self, shipping: Shipping, duplicates: Duplicates, fingerprints: Fingerprints, paths: Paths) -> None:
         self._shipping = shipping
         self._duplicates = duplicates
+        self._paths = paths
         self._fingerprints = fingerprints
 
     async def rehearse(self, machine: Machine, request: MigrateRequest, link: PeerDaemon, report: Report) -> DryRunReport:
@@ -65,7 +72,8 @@ class Rehearsals:
             here = await self._facts(machine, offer, there)
             await report(Progress(phase="the way is measured"))
             prediction = await _predicted(link, request, here, there, offer, changing)
-        findings = _judged(machine, request, offer, here, there)
+        short = await self._shortages(machine, request, offer)
+        findings = accepted((*_judged(machine, request, offer, here, there), *short), request.accept)
         return DryRunReport(
             machine=machine.name,
             peer=request.peer,
@@ -84,7 +92,7 @@ class Rehearsals:
         """
         if there is None:
             raise CannotMove("the destination does not say what it has for the machine")
-        findings = _judged(machine, request, offer, await self._facts(machine, offer, there), there)
+        findings = accepted(_judged(machine, request, offer, await self._facts(machine, offer, there), there), request.accept)
         if not possible(findings):
             errors = [finding.message for finding in findings if finding.severity == "error"]
             more = f", and {len(errors) - 1} more" if len(errors) > 1 else ""
@@ -98,6 +106,13 @@ class Rehearsals:
             return await self._duplicates.offer(machine, request, migration)
         offer, _ = await self._shipping.offer(machine, request, migration)
         return offer
+
+    async def _shortages(self, machine: Machine, request: MigrateRequest, offer: Offer) -> tuple[MigrationFinding, ...]:
+        """What this host has no room for: images of a machine that is copied while it lives are made beside its own."""
+        if request.copy is None or machine.state in AT_REST:
+            return ()
+        files = targets(machine.definition.spec, self._paths(machine.name))
+        return await asyncio.to_thread(lambda: tuple(room_findings(files, offer.parcels)))
 
     async def _facts(self, machine: Machine, offer: Offer, there: DestinationFacts) -> MachineFacts:
         spec, how = offer.spec, {disk.index: disk.how for disk in there.disks}
@@ -137,7 +152,7 @@ def _judged(
     findings = compared(here, there)
     if request.copy is not None:
         findings = (*mended_for_copy(findings), *copy_findings(machine.definition.spec, offer.spec))
-    return accepted(findings, request.accept)
+    return findings
 
 
 async def _changing_mib_s(machine: Machine, offer: Offer) -> float | None:

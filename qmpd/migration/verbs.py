@@ -16,6 +16,7 @@ from qmpd.migration.admission import Admissions
 from qmpd.migration.copies import VERB, Copies
 from qmpd.migration.destination import Arrivals
 from qmpd.migration.duplicates import Duplicates, check_wishes
+from qmpd.migration.exposures import Exposures
 from qmpd.migration.fingerprints import Fingerprints
 from qmpd.migration.itemdesk import ItemDesk
 from qmpd.migration.ledger import Entry, Ledger
@@ -87,6 +88,7 @@ class Migration:
         self._vacancies = Vacancies(ledger, refuse)
         fingerprints, shipping = Fingerprints(settings.pools), Shipping(settings.pki_dir, registry.paths)
         duplicates, withdrawals = Duplicates(shipping, registry.paths), Withdrawals(ledger, peering, publish)
+        rehearsals = Rehearsals(shipping, duplicates, fingerprints, registry.paths)
         premises = Premises(settings, registry, planning, fingerprints)
         self._trials = Trials(planning, premises, settings.run_dir)
         self._arrivals = Arrivals(
@@ -106,7 +108,7 @@ class Migration:
             journal=journal,
             peering=peering,
             shipping=shipping,
-            rehearsals=Rehearsals(shipping, duplicates, fingerprints),
+            rehearsals=rehearsals,
             withdrawals=withdrawals,
             tasks=self._tasks,
             publish=publish,
@@ -116,6 +118,8 @@ class Migration:
             ledger=ledger,
             peering=peering,
             duplicates=duplicates,
+            rehearsals=rehearsals,
+            exposures=Exposures(registry, ledger),
             carriage=self._departures.carriage,
             withdrawals=withdrawals,
             tasks=self._tasks,
@@ -271,6 +275,7 @@ class Migration:
     def restore(self) -> None:
         """Before processes are taken over: holds the machines that were on their way."""
         self._departures.restore()
+        self._copies.restore()
         self._arrivals.restore()
 
     @asynccontextmanager

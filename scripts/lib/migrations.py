@@ -54,14 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _matrix(options: argparse.Namespace) -> int:
-    at_rest = options.at_rest or options.copy
+    at_rest = options.at_rest or options.copy is not None
     guest = (await asyncio.to_thread(build_all, ROOT / ".cache" / "guests"))[GUEST_AT_REST if at_rest else GUEST]
     harms = options.harms or (HARMS_AT_REST if at_rest else PROMISED)
     verdicts: list[Verdict] = []
     async with hosts() as world:
         await world.start()
         if options.copy:
-            points = await survey_of_copy(world, guest, everything=options.everything)
+            points = await survey_of_copy(world, guest, everything=options.everything, runs=options.copy == "running")
         elif options.at_rest:
             points = await survey_at_rest(world, guest, everything=options.everything)
         else:
@@ -70,7 +70,7 @@ async def _matrix(options: argparse.Namespace) -> int:
         say(f"migrations: {len(points)} points on the way, {len(chosen)} of them with {', '.join(harms)}")
         for number, case in enumerate(crossed(chosen, harms)):
             if options.copy:
-                verdicts.append(await suffered_in_copy(world, guest, f"m{number}", case))
+                verdicts.append(await suffered_in_copy(world, guest, f"m{number}", case, runs=options.copy == "running"))
             elif options.at_rest:
                 verdicts.append(await suffered_at_rest(world, guest, f"m{number}", case))
             else:
@@ -134,7 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     matrix = proofs.add_parser("matrix", help="every crash point")
     matrix.add_argument("--harms", nargs="+", choices=list(HARMS), metavar="HARM", help=f"of {', '.join(HARMS)}")
     matrix.add_argument("--at-rest", action="store_true", help="of a machine that does not run, and moves as files")
-    matrix.add_argument("--copy", action="store_true", help="of a machine that does not run, and is copied")
+    matrix.add_argument(
+        "--copy", choices=("at-rest", "running"), help="of a machine that is copied, while it does not run or while it runs"
+    )
     matrix.add_argument("--points", default="", metavar="REGEX", help="only points whose name this fits, like 'source ownership'")
     matrix.add_argument("--everything", action="store_true", help="at all failpoints there are, not those of migrations alone")
     soak = proofs.add_parser("soak", help="back and forth under load")

@@ -28,8 +28,8 @@ from tests.migration.traveller import LOOK_S, PATIENCE_S, Broken, Traveller
 Side = Literal["source", "destination"]
 Storage = Literal["auto", "shared", "copy"]
 
-#: The failpoints of both journals, and of what one daemon says to the other.
-OF_MIGRATION: Final = ("migration-", "ownership-", "peer-")
+#: The failpoints of both journals, of what one daemon says to the other, and of the disks of one moment.
+OF_MIGRATION: Final = ("migration-", "ownership-", "peer-", "still-")
 #: A line that is cut for a moment: longer than a question takes, shorter than anybody's patience.
 FLAP_S: Final = 3.0
 #: A line that is cut for good is looked at for so long: whoever can decide by himself has done so.

@@ -1,4 +1,4 @@
-"""Crash points that matter most of a machine at rest that moves or is copied; all: `scripts/migrations matrix --at-rest`, `--copy`."""
+"""Crash points that matter most of a machine at rest that moves or is copied; all: `scripts/migrations matrix`."""
 
 from __future__ import annotations
 
@@ -39,6 +39,16 @@ COPY_POINTS = (
     Point(side="destination", failpoint="ownership-take", number=1),
     Point(side="destination", failpoint="ownership-taken", number=1),
 )
+#: While a guest runs that is copied: what it could be left halted by, or with images that nobody needs.
+LIVE_POINTS = (
+    Point(side="source", failpoint="still-make", number=1),
+    Point(side="source", failpoint="still-halt", number=1),
+    Point(side="source", failpoint="still-halted", number=1),
+    Point(side="source", failpoint="still-cont", number=1),
+    Point(side="source", failpoint="still-remove", number=1),
+    Point(side="source", failpoint="migration-released-written", number=1),
+    Point(side="destination", failpoint="migration-loaded-written", number=1),
+)
 #: A case takes seconds; one of a cut line a few more.
 LIMIT_S = 1200
 MATRIX_LIMIT_S = 4 * 3600
@@ -73,6 +83,21 @@ async def test_a_copy_is_whole_or_nothing_and_its_original_untouched_whatever_di
 
 
 @pytest.mark.timeout(LIMIT_S)
+@pytest.mark.parametrize("harm", HARMS_AT_REST)
+async def test_a_guest_that_is_copied_goes_on_whatever_dies(guests: dict[str, Guest], harm: str) -> None:
+    guest = guests[migrations.GUEST_AT_REST]
+    try:
+        async with hosts() as world:
+            await world.start()
+            for number, point in enumerate(LIVE_POINTS[2::3] if harm == "link-flap" else LIVE_POINTS):
+                verdict = await suffered_in_copy(world, guest, f"m{number}", Case(point=point, harm=harm), runs=True)
+                assert not verdict.broken, f"{verdict}\n{said(world, migrations.LOG_LINES)}"
+                assert verdict.reached
+    except NoNetworks as reason:
+        unavailable(reason)
+
+
+@pytest.mark.timeout(LIMIT_S)
 async def test_the_points_of_such_a_move_are_those_of_both_journals(guests: dict[str, Guest]) -> None:
     try:
         async with hosts() as world:
@@ -88,8 +113,8 @@ async def test_the_points_of_such_a_move_are_those_of_both_journals(guests: dict
 
 @pytest.mark.slow
 @pytest.mark.timeout(MATRIX_LIMIT_S)
-@pytest.mark.parametrize("what", ["--at-rest", "--copy"])
-def test_every_crash_point_at_rest(guests: dict[str, Guest], capsys: pytest.CaptureFixture[str], what: str) -> None:
+@pytest.mark.parametrize("what", [["--at-rest"], ["--copy", "at-rest"], ["--copy", "running"]])
+def test_every_crash_point_at_rest(guests: dict[str, Guest], capsys: pytest.CaptureFixture[str], what: list[str]) -> None:
     assert guests
-    status = migrations.main(["matrix", what])
+    status = migrations.main(["matrix", *what])
     assert status == 0, capsys.readouterr().out
