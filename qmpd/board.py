@@ -144,6 +144,7 @@ class Board(Part, frozen=True, kw_only=True):
     default_nic: Word | None = None
     rng: Word | None = None
     watchdogs: tuple[Word, ...] = ()
+    tpms: tuple[Word, ...] = ()
     display: DisplayHints = DisplayHints()
     power: Power = Power()
     snapshots: Snapshots = "untested"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -31,8 +31,8 @@ SLICE: Final = "qmpd.slice"
 GUESTS_SHUTDOWN: Final = "qmpd-guests-shutdown.service"
 MIB: Final = 1024 * 1024
 
-#: Puts a process into the place that was prepared. Blocks, and must not be called in the thread of the loop. Raises HostError.
-Admit = Callable[[int], None]
+#: Puts processes into the place that was prepared. Blocks, and must not be called in the thread of the loop. Raises HostError.
+Admit = Callable[[Sequence[int]], None]
 
 
 class Confiner:
@@ -49,7 +49,7 @@ class Confiner:
 
     @asynccontextmanager
     async def admission(self, name: str, limits: Limits) -> AsyncIterator[Admit]:
-        """Prepares a place for a process of machine `name`; what takes time goes on beside whatever the caller does.
+        """Prepares a place for the processes of machine `name`; what takes time goes on beside whatever the caller does.
 
         Raises:
             HostError: there is no way to hold it to limits.
@@ -77,7 +77,7 @@ def scope_of(name: str) -> str:
     return f"qmpd-{name}.scope"
 
 
-def properties(name: str, limits: Limits, pid: int) -> list[Property]:
+def properties(name: str, limits: Limits, pids: Sequence[int]) -> list[Property]:
     """The properties of a machine's scope, in systemd's names and units."""
     numbers = {
         "CPUQuotaPerSecUSec": limits.cpu_percent * 10_000 if limits.cpu_percent is not None else None,
@@ -89,7 +89,7 @@ def properties(name: str, limits: Limits, pid: int) -> list[Property]:
     return [
         Property("Description", "s", f"qmpd machine {name}"),
         Property("Slice", "s", SLICE),
-        Property("PIDs", "au", [pid]),
+        Property("PIDs", "au", list(pids)),
         # Also one that was ended by a signal is gone with its process: its name is wanted for the next.
         Property("CollectMode", "s", "inactive-or-failed"),
         Property("Before", "as", [GUESTS_SHUTDOWN]),
@@ -97,20 +97,22 @@ def properties(name: str, limits: Limits, pid: int) -> list[Property]:
     ]
 
 
-def _into_scope(loop: asyncio.AbstractEventLoop, connection: Systemd, name: str, limits: Limits, pid: int) -> None:
+def _into_scope(loop: asyncio.AbstractEventLoop, connection: Systemd, name: str, limits: Limits, pids: Sequence[int]) -> None:
     unit = scope_of(name)
-    _in_loop(loop, connection.start_scope(unit, properties(name, limits, pid)))
-    where = cgroups.directory_of(pid) or ""
-    if not where.endswith(f"/{unit}"):
-        raise HostError(f"systemd says that {unit} is there, but process {pid} is in {where or 'no cgroup'}")
+    _in_loop(loop, connection.start_scope(unit, properties(name, limits, pids)))
+    for pid in pids:
+        where = cgroups.directory_of(pid) or ""
+        if not where.endswith(f"/{unit}"):
+            raise HostError(f"systemd says that {unit} is there, but process {pid} is in {where or 'no cgroup'}")
 
 
-def _into_cgroup(loop: asyncio.AbstractEventLoop, connection: Systemd, parent: str, name: str, limits: Limits, pid: int) -> None:
+def _into_cgroup(loop: asyncio.AbstractEventLoop, connection: Systemd, parent: str, name: str, limits: Limits, pids: Sequence[int]) -> None:
     directory = cgroups.make(parent, name, limits)
-    try:
-        _enter(loop, connection, directory, pid)
-    except OSError as error:
-        raise HostError(f"process {pid} cannot be put into {directory}: {error.strerror}", path=str(directory)) from error
+    for pid in pids:
+        try:
+            _enter(loop, connection, directory, pid)
+        except OSError as error:
+            raise HostError(f"process {pid} cannot be put into {directory}: {error.strerror}", path=str(directory)) from error
 
 
 def _enter(loop: asyncio.AbstractEventLoop, connection: Systemd, directory: Path, pid: int) -> None:

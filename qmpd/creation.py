@@ -13,7 +13,7 @@ from qmpd.machine import Machine, now
 from qmpd.record import Definition
 from qmpd.registry import Registry
 from qmpd.spec import MachineSpec
-from qmpd.storage import clear_unfinished, make, make_place, mark_finished, remove_machine_files
+from qmpd.storage import clear_unfinished, furnish, make_place, mark_finished, remove_machine_files
 from qmpd.store import Unknown
 from qmpd.tasks import undivided
 
@@ -30,7 +30,7 @@ async def created(registry: Registry, spec: MachineSpec, made: Launch) -> Machin
     # A thread goes on when its caller is cancelled: nobody may clear up, or use the name again, before it has ended.
     await undivided(asyncio.to_thread(_place(registry, spec.name, made)), f"place:{spec.name}")
     try:
-        await undivided(make(made.plan.blank_images, made.plan.copies), f"make:{spec.name}")
+        await undivided(furnish(made.plan), f"make:{spec.name}")
         return await registry.create(_definition(spec))
     except Unknown:
         raise  # it may be stored: the next daemon knows, and does what is right with the files
@@ -42,7 +42,7 @@ async def created(registry: Registry, spec: MachineSpec, made: Launch) -> Machin
 
 def can_hurry(made: Launch) -> bool:
     """Whether a machine can be created and launched in one go: nothing has to be made that takes its time."""
-    return not (made.plan.blank_images or made.plan.copies) and made.confiner is None
+    return not (made.plan.blank_images or made.plan.copies or made.plan.tpm) and made.confiner is None
 
 
 @asynccontextmanager

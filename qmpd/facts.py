@@ -77,10 +77,14 @@ class FileFacts(Facts, frozen=True, kw_only=True):
 
 
 class MachinePaths(Facts, frozen=True, kw_only=True):
-    """Where one machine's files are: `run` for sockets and the launch record (0700, gone after a reboot), `state` for the rest."""
+    """Where one machine's files are: `run` for sockets and the launch record (0700, gone after a reboot), `state` for the rest.
+
+    `beside`: they are those of a QEMU that is to take the place of one that lives, and has its TPM's state open.
+    """
 
     run: str
     state: str
+    beside: bool = False
 
     def socket(self, name: str) -> str:
         """The path of the listening socket called `name`."""
@@ -90,6 +94,10 @@ class MachinePaths(Facts, frozen=True, kw_only=True):
         """The path of the log called `name`."""
         return f"{self.state}/{name}.log"
 
+    def said(self, *, tpm: bool) -> tuple[str, ...]:
+        """The paths of the logs of what QEMU prints, and its TPM if it has one."""
+        return (self.log("stderr"), self.log("tpm")) if tpm else (self.log("stderr"),)
+
     def disk(self, index: int, image_format: str) -> str:
         """The path of the machine's own disk number `index`."""
         return f"{self.state}/disk{index}.{image_format}"
@@ -98,6 +106,11 @@ class MachinePaths(Facts, frozen=True, kw_only=True):
     def variables(self) -> str:
         """The path of the machine's copy of the firmware variables."""
         return f"{self.state}/firmware-vars.fd"
+
+    @property
+    def tpm(self) -> str:
+        """The directory of the TPM's state."""
+        return f"{self.state}/tpm-next" if self.beside else f"{self.state}/tpm"
 
 
 class Confinement(Facts, frozen=True, kw_only=True):
@@ -118,7 +131,8 @@ class World(Facts, frozen=True, kw_only=True):
     """Everything `problems` and `plan` may know beside the definition and the board.
 
     One emulator, the verdict on KVM, what the paths of the definition lead to, where the machine's own files are, whether
-    `extra_args` are allowed here, and how machines can be held to limits (looked at only for a definition that has some).
+    `extra_args` are allowed here, how machines can be held to limits (looked at only for a definition that has some), and where swtpm
+    is (looked for only for a definition with a TPM).
     """
 
     emulator: EmulatorFacts
@@ -128,3 +142,4 @@ class World(Facts, frozen=True, kw_only=True):
     files: dict[str, FileFacts] = {}
     raw_options: bool = True
     confinement: Confinement = Confinement()
+    swtpm: str | None = None

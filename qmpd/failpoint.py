@@ -99,6 +99,7 @@ CATALOGUE: Final[Mapping[str, Failpoint]] = {
     "record-written": Failpoint(before="the launch record getting its name", error=_FULL),
     "record-named": Failpoint(before="the next step after the launch record got its name"),
     "gate-go": Failpoint(before="the gate being told to become QEMU", error=_refused(errno.EPIPE)),
+    "tpm-go": Failpoint(before="the gate of its TPM being told to become swtpm", error=_refused(errno.EPIPE)),
     "gate-gone": Failpoint(before="connecting to the QEMU that the gate became"),
     "guest-cont": Failpoint(before="the guest being set going", error=lambda: QemuDied("the monitor ended")),
     "adopted-cont": Failpoint(

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import msgspec
 
-from qmpd import segments
+from qmpd import segments, tpm
 from qmpd.confinement import Admit, Confiner
-from qmpd.errors import HostError
+from qmpd.errors import HostError, LaunchFailed
 from qmpd.failpoint import failpoint
 from qmpd.journal import timestamp, utc_now
 from qmpd.listeners import listening
@@ -116,6 +116,7 @@ async def prepared(what: Launch, definition: Definition) -> AsyncIterator[tuple[
     Raises:
         Held: a QEMU of this machine is alive.
         HostError, NoSpace: directories or sockets could not be made, the machine's own files are gone, or its limits cannot be kept.
+        LaunchFailed: from the block; where it was the TPM that failed, with what that said.
         OSError: the process could not be started.
     """
     if what.head_start is not None:
@@ -125,8 +126,14 @@ async def prepared(what: Launch, definition: Definition) -> AsyncIterator[tuple[
         process, record = await _launched(what, definition)
     try:
         yield process, record
+    except LaunchFailed as error:
+        raise await tpm.explained(error, process.companion, what.plan.tpm) from error
     finally:
-        process.close()
+        if process.exit is not None:
+            await tpm.dismissed(process.companion)
+        for one in (process, process.companion):
+            if one is not None:
+                one.close()
 
 
 async def _launched(what: Launch, definition: Definition) -> tuple[QemuProcess, LaunchRecord]:
@@ -149,33 +156,34 @@ def _gated(what: Launch, definition: Definition, records: list[LaunchRecord], ad
     """Everything between a plan and a process that waits to become QEMU, in one go: a start has few steps between threads."""
     _make_ready(what)
     plan = what.plan
-    with taken(what.state_dir, beside=what.beside) as lock, listening(plan.listeners()) as listeners:
-        descriptors = {name: listener.fileno() for name, listener in listeners.items()}
+    with taken(what.state_dir, beside=what.beside) as lock, listening(plan.listeners()) as listeners, tpm.gated(plan.tpm) as companion:
+        descriptors = {name: listener.fileno() for name, listener in listeners.items()} | dict(companion.descriptors)
         argv = plan.argv(descriptors)
 
         def write(identity: Identity) -> None:
             # While the gate is being made ready by the kernel: it opens no sooner than all of this is there.
             for pipe in plan.serial_pipes().values():
                 make_pipe(pipe, what.log_cap_bytes, beside=what.beside)
-            record = _record(what, definition, argv, identity)
+            record = _record(what, definition, argv, identity, companion.identity)
             write_record(what.run_dir, record)
             records.append(record)
             if admit is not None:
-                _admitted(what, admit, identity.pid)
+                _admitted(what, admit, [one.pid for one in (identity, companion.identity) if one is not None])
 
-        return gate(argv, inherited=[*descriptors.values(), lock], cwd=what.run_dir, stderr=what.stderr_path, record=write)
+        made = gate(argv, inherited=[*descriptors.values(), lock], cwd=what.run_dir, stderr=what.stderr_path, record=write)
+        return msgspec.structs.replace(made, companion=companion.gate)
 
 
-def _admitted(what: Launch, admit: Admit, pid: int) -> None:
-    """While the gate is closed: QEMU and all its threads are born in their place."""
+def _admitted(what: Launch, admit: Admit, pids: Sequence[int]) -> None:
+    """While the gates are closed: QEMU and all its threads are born in their place, and its TPM."""
     try:
-        admit(pid)
+        admit(pids)
     except BaseException:
         remove_record(what.run_dir)
         raise
 
 
-def _record(what: Launch, definition: Definition, argv: tuple[str, ...], identity: Identity) -> LaunchRecord:
+def _record(what: Launch, definition: Definition, argv: tuple[str, ...], identity: Identity, beside: Identity | None) -> LaunchRecord:
     plan = what.plan
     return LaunchRecord(
         identity=identity,
@@ -192,6 +200,7 @@ def _record(what: Launch, definition: Definition, argv: tuple[str, ...], identit
         run_dir=what.run_dir,
         paused=what.paused,
         incoming=what.incoming,
+        tpm=beside,
     )
 
 
@@ -201,6 +210,10 @@ def _make_ready(what: Launch) -> None:
     for directory in plan.directories:
         Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
     own = [*(image.path for image in plan.blank_images), *(copy.target for copy in plan.copies)]
+    if plan.tpm is not None:
+        if what.beside:
+            tpm.begin_anew(plan.tpm.directory)
+        own.append(plan.tpm.directory)
     for path in own:
         # They were made with the machine. An empty one in place of one that is gone would look like lost data to the guest.
         if not Path(path).exists():

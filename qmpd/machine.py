@@ -30,13 +30,14 @@ from qmpd.launching import Launch, prepared
 from qmpd.lifecycle import ALIVE, AT_REST, IN_TROUBLE, Happening, State, after
 from qmpd.machineview import view_of
 from qmpd.monitor import Monitor
-from qmpd.process import ExitStatus, QemuProcess
+from qmpd.process import ExitStatus, QemuProcess, describe
 from qmpd.processviews import TroubleView
 from qmpd.record import Definition, LaunchRecord, has_begun, mark_begun, remove_record
-from qmpd.session import Session, describe
+from qmpd.session import Session
 from qmpd.shortage import shortage
 from qmpd.spec import Limits
 from qmpd.storage import mark_finished
+from qmpd.tpm import accompanied, dismissed
 from qmpd.views import DiskErrorView, ExitView, MachineView
 
 _log = logging.getLogger(__name__)
@@ -330,7 +331,8 @@ class Machine:
         self._tell()
         async with self._placed(session, record), all_connected(self.consoles, record.pipes):
             try:
-                await conversation
+                async with accompanied(self.name, session.process, record.tpm, self._publish):
+                    await conversation
             except LaunchFailed:
                 await asyncio.to_thread(remove_record, record.run_dir)
                 raise
@@ -342,6 +344,7 @@ class Machine:
         that was stopped for one that crashed.
         """
         consoles = list(self.consoles.values())
+        await dismissed(session.process.companion)
 
         def work() -> tuple[ExitView, list[tuple[int, bytes] | None]]:
             ending = judged(status, session.shutdown_reason, session.last_words(), now())

@@ -64,17 +64,26 @@ class ExitStatus(msgspec.Struct, frozen=True, kw_only=True):
     signal: str | None = None
 
 
+def describe(status: ExitStatus) -> str:
+    """An exit status in words."""
+    if status.signal is not None:
+        return status.signal
+    return "an unknown status" if status.code is None else f"status {status.code}"
+
+
 class QemuProcess:
     """A process that runs, or ran. Belongs to the event loop it was made in; `close` it when it is of no interest any more.
 
-    `exit` is None while it runs. `stderr_start` is where its own standard error begins in the file it is appended to. `over` is for
-    `asyncio.wait`, and settled when it has ended or is not watched any more.
+    `exit` is None while it runs. `companion` is the process beside it that was let go together with it, if any. `stderr_start` is where its
+    own standard error begins in the file it is appended to. `over` is for `asyncio.wait`, and settled when it has ended or is not watched
+    any more.
     """
 
     def __init__(self, identity: Identity, pidfd: int, *, stderr_start: int = 0) -> None:
         self.identity = identity
         self.stderr_start = stderr_start
         self.exit: ExitStatus | None = None
+        self.companion: QemuProcess | None = None
         self._pidfd = pidfd
         self._loop = asyncio.get_running_loop()
         self.over: asyncio.Future[None] = self._loop.create_future()
@@ -123,12 +132,17 @@ class QemuProcess:
 
 
 class Gate(msgspec.Struct, frozen=True, kw_only=True):
-    """A process that is recorded and waits to become the program: who it is, and the pipe's end that lets it go on."""
+    """A process that is recorded and waits to become the program: who it is, and the pipe's end that lets it go on.
+
+    `companion` is that of a program which runs beside it, and is let go right after it: when we die in between, it never runs, and the
+    first one notices.
+    """
 
     identity: Identity
     pidfd: int
     pipe: int
     stderr_start: int
+    companion: Gate | None = None
 
 
 def gate(argv: Sequence[str], *, inherited: Sequence[int], cwd: str, stderr: str, record: Recorder) -> Gate:
@@ -171,16 +185,27 @@ async def launch(make: Callable[[], Gate], *, undo: Callable[[], object] = lambd
 
 
 async def opened(made: Gate) -> QemuProcess:
-    """The process behind a gate, which is told to become its program."""
-    process = QemuProcess(made.identity, made.pidfd, stderr_start=made.stderr_start)
+    """The process behind a gate, which is told to become its program; and its companion, if it has one."""
+    process, beside = _held(made), made.companion
     try:
         with contextlib.suppress(BrokenPipeError):  # somebody killed the gate: the exit tells
             await passing("gate-go")
             os.write(made.pipe, _GO)
+        if beside is not None:
+            process.companion = _held(beside)
+            with contextlib.suppress(BrokenPipeError):
+                await passing("tpm-go")
+                os.write(beside.pipe, _GO)
     finally:
         os.close(made.pipe)
+        if beside is not None:
+            os.close(beside.pipe)
     await passing("gate-gone")
     return process
+
+
+def _held(made: Gate) -> QemuProcess:
+    return QemuProcess(made.identity, made.pidfd, stderr_start=made.stderr_start)
 
 
 async def adopt(identity: Identity) -> QemuProcess:
@@ -233,11 +258,13 @@ def _spawn(argv: tuple[str, ...], inherited: Sequence[int], cwd: str, stderr: st
 
 
 def discard(made: Gate) -> None:
-    """Closes a gate for good: its program never runs, and the process is gone when this returns. Blocks."""
+    """Closes a gate for good, with that of its companion: their programs never run, and they are gone when this returns. Blocks."""
     os.close(made.pipe)
     with contextlib.suppress(ChildProcessError):
         os.waitid(os.P_PIDFD, made.pidfd, os.WEXITED)  # the gate reads the end of the pipe, and exits
     os.close(made.pidfd)
+    if made.companion is not None:
+        discard(made.companion)
 
 
 def _claim(identity: Identity) -> int:

@@ -84,7 +84,8 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LaunchRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One launched QEMU: who it is, and what it was launched as. `incoming` is the migration whose state it was launched to take in."""
+    """One launched QEMU: who it is, and what it was launched as. `incoming` is the migration whose state it was launched to take in, `tpm`
+    the process that is its TPM."""
 
     format: int = FORMAT
     identity: Identity
@@ -102,6 +103,7 @@ class LaunchRecord(msgspec.Struct, frozen=True, kw_only=True):
     paused: bool = False
     uuid: str | None = None
     incoming: str | None = None
+    tpm: Identity | None = None
 
     @property
     def expected_uuid(self) -> str:

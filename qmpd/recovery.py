@@ -24,6 +24,7 @@ from qmpd.registry import Registry
 from qmpd.runlock import is_taken
 from qmpd.storage import is_unfinished
 from qmpd.strays import Unidentified, record_of_holder, set_aside_damaged
+from qmpd.tpm import dismiss_recorded
 
 #: How often the locks of processes are looked at that nobody has a record of.
 STRAY_LOOK_S: Final = 5.0
@@ -178,6 +179,7 @@ class Recovery:
 
     async def _ended(self, name: str, record: LaunchRecord, reason: str) -> None:
         machine = self._registry.known(name)
+        await dismiss_recorded(record.tpm)
         await asyncio.to_thread(remove_record, record.run_dir)
         if machine is None or await self._taken(machine):
             return  # another process of the machine lives, which is not the one that was recorded

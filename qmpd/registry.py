@@ -391,7 +391,7 @@ class Registry:
         """The logs of the machines that have a process, and how many bytes of each are kept."""
         files: dict[str, int] = {}
         for machine in self.running():
-            files[self.stderr_path(machine.name)] = STDERR_CAP
+            files |= dict.fromkeys(self.paths(machine.name).said(tpm=machine.definition.spec.tpm is not None), STDERR_CAP)
             files |= {console.piece: self.log_cap_bytes for console in machine.consoles.values() if console.piece is not None}
         return files
 

@@ -37,7 +37,7 @@ from qmpd.registry import Registry
 from qmpd.rescue import Rescue
 from qmpd.settings import Settings
 from qmpd.spec import MachineChanges, MachineSpec, changed
-from qmpd.storage import make, mark_finished, mark_unfinished, settle
+from qmpd.storage import furnish, mark_finished, mark_unfinished, settle
 from qmpd.store import Unknown
 from qmpd.takeover import startable
 from qmpd.tokens import Tokens
@@ -202,7 +202,7 @@ class Service:
             try:
                 if new:
                     await asyncio.to_thread(mark_unfinished, state_dir)
-                await make(made.plan.blank_images, made.plan.copies)
+                await furnish(made.plan)
                 await self._registry.replace(machine, complete, revision)
             except Unknown:
                 raise  # it may be stored: the next daemon knows

@@ -23,7 +23,7 @@ from qmpd.errors import Busy, LaunchFailed, MonitorUnavailable, NotProven, QemuD
 from qmpd.failpoint import passing
 from qmpd.lifecycle import Happening
 from qmpd.monitor import QUERY_DEADLINE_S, EventsLost, Monitor, QmpEvent, connected
-from qmpd.process import ExitStatus, QemuProcess
+from qmpd.process import ExitStatus, QemuProcess, describe
 from qmpd.tasks import alongside
 
 #: Until a new QEMU has built its machine: 0.1 s on an idle host; a minute means that it hangs.
@@ -380,10 +380,3 @@ async def _run_state(monitor: Monitor) -> dict[str, object]:
     if not isinstance(answer, dict):
         raise QemuDied("QEMU's answer to query-status is not a map")
     return answer
-
-
-def describe(status: ExitStatus) -> str:
-    """An exit status in words."""
-    if status.signal is not None:
-        return status.signal
-    return "an unknown status" if status.code is None else f"status {status.code}"

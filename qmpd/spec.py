@@ -215,6 +215,13 @@ class Watchdog(Document, frozen=True, kw_only=True):
     model: Word | None = None
 
 
+class Tpm(Document, frozen=True, kw_only=True):
+    """A TPM, emulated by swtpm; its state is the machine's own. `model` is the device (default: the board's first)."""
+
+    version: Literal["2.0"] = "2.0"
+    model: Word | None = None
+
+
 class RestartPolicy(Document, frozen=True, kw_only=True):
     """What to do when QEMU ends without having been asked to."""
 
@@ -262,6 +269,7 @@ class MachineSpec(Document, frozen=True, kw_only=True):
     labels: Annotated[dict[Word, Label], Meta(max_length=MAX_LABELS)] = {}
     actions: Actions = Actions()
     watchdog: Watchdog | None = None
+    tpm: Tpm | None = None
     limits: Limits = Limits()
     restart: RestartPolicy = RestartPolicy()
     resume_when_space: bool = False

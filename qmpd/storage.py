@@ -17,7 +17,7 @@ from typing import Final
 from qmpd.errors import AlreadyExists, HostError, NoSpace, QmpdError
 from qmpd.facts import FileFacts
 from qmpd.failpoint import failpoint
-from qmpd.plan import BlankImage, Copy
+from qmpd.plan import BlankImage, Copy, LaunchPlan
 from qmpd.runlock import LOCK_NAMES
 from qmpd.spec import BiosFirmware, ImageDisk, MachineSpec, PflashFirmware
 
@@ -148,6 +148,21 @@ async def make(blank: Sequence[BlankImage], copies: Sequence[Copy]) -> None:
         await asyncio.to_thread(_make_image, image)
     for copy in copies:
         await asyncio.to_thread(_copy, copy)
+
+
+async def furnish(plan: LaunchPlan) -> None:
+    """Makes everything of the machine's own that is not there yet. Raises as `make`."""
+    await make(plan.blank_images, plan.copies)
+    if plan.tpm is not None:
+        await asyncio.to_thread(make_directory, plan.tpm.directory)
+
+
+def make_directory(path: str) -> None:
+    """Makes a directory of a machine's own, unless it is there. Blocks. Raises NoSpace, HostError."""
+    try:
+        Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _storage_error(error, Path(path)) from error
 
 
 def claim(path: str) -> None:

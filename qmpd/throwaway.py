@@ -170,7 +170,7 @@ async def throwaway(path: str, options: Sequence[str], pass_fds: Sequence[int] =
     Raises:
         LaunchFailed: it cannot be executed, ended before its machine was built, or does not speak QMP.
     """
-    argv = (*await asyncio.to_thread(_leash), path, *options, *BARE)
+    argv = (*await asyncio.to_thread(leash), path, *options, *BARE)
     try:
         process = await asyncio.create_subprocess_exec(
             *argv,
@@ -195,8 +195,8 @@ async def throwaway(path: str, options: Sequence[str], pass_fds: Sequence[int] =
         await _end(process)
 
 
-def _leash() -> tuple[str, ...]:
-    """The words that tie the process to the thread that starts it; without setpriv it is started untied."""
+def leash() -> tuple[str, ...]:
+    """The words that tie a process to the thread that starts it; without setpriv it is started untied. Blocks."""
     setpriv = shutil.which("setpriv", path=ENVIRONMENT["PATH"])
     return () if setpriv is None else (setpriv, "--pdeathsig", "KILL", "--")
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
+from qmpd import tpm
 from qmpd.accelerator import Accelerators
 from qmpd.board import NamedBoard
 from qmpd.catalogue import Catalogue
@@ -56,6 +57,7 @@ class Worlds:
             files=files,
             raw_options=self._settings.raw_options,
             confinement=Confinement() if spec.limits == Limits() else await self.confiner.found(),
+            swtpm=None if spec.tpm is None else await asyncio.to_thread(tpm.program),
         )
         return named, world
 

@@ -52,6 +52,7 @@ async def check(
         *await _limit_lines(tree, caller(os.geteuid(), machines_cgroup, os.environ)),
         *software.emulator_lines(found, host, distribution),
         await software.image_line(distribution),
+        await software.tpm_line(distribution),
         *await asyncio.to_thread(firmware.uefi_lines, tree, targets, distribution),
         *await asyncio.to_thread(firmware.built_in_lines, targets, places, distribution),
         *await asyncio.to_thread(further),

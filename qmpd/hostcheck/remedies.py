@@ -21,6 +21,7 @@ FAMILIES: Final = {"ubuntu": "debian", "rhel": "fedora", "centos": "fedora", "op
 PACKAGES: Final[Mapping[str, Mapping[str, str]]] = {
     "all emulators": {"debian": "qemu-system", "fedora": "qemu", "suse": "qemu", "arch": "qemu-full"},
     "qemu-img": {"debian": "qemu-utils", "fedora": "qemu-img", "suse": "qemu-img", "arch": "qemu-img"},
+    "swtpm": {"debian": "swtpm", "fedora": "swtpm", "suse": "swtpm", "arch": "swtpm"},
     "UEFI for x86_64": {"debian": "ovmf", "fedora": "edk2-ovmf", "suse": "qemu-ovmf-x86_64", "arch": "edk2-ovmf"},
     "UEFI for aarch64": {"debian": "qemu-efi-aarch64", "fedora": "edk2-aarch64", "suse": "qemu-uefi-aarch64", "arch": "edk2-aarch64"},
     "UEFI for arm": {"debian": "qemu-efi-arm", "fedora": "edk2-arm", "suse": "qemu-uefi-aarch32", "arch": "edk2-arm"},

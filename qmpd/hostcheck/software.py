@@ -1,4 +1,4 @@
-"""What is installed: emulators and qemu-img."""
+"""What is installed: emulators, qemu-img and swtpm."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from qmpd import tpm
 from qmpd.accelerator import NATIVE
 from qmpd.facts import EmulatorFacts
 from qmpd.hostcheck.line import Topic
@@ -118,3 +119,14 @@ async def image_line(family: str) -> CheckLine:
     # Most of the list are protocols and filters; these are what people keep disks in.
     kept = [name for name in ("raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc", "qed") if name in image_formats(text)]
     return EMULATORS.passed("qemu-img", f"{image_version(text)}, formats {', '.join(kept)}")
+
+
+async def tpm_line(family: str) -> CheckLine:
+    """Whether machines can have a TPM; most need none."""
+    path = await asyncio.to_thread(tpm.program)
+    text = None if path is None else await printed(path, "--version")
+    if path is None or text is None:
+        found = "none" if path is None else f"{path} does not run"
+        return EMULATORS.passed("swtpm", found, f"No machine can have a TPM: {installing('swtpm', family)}")
+    version = re.search(r"version ([0-9][^ ,]*)", text)
+    return EMULATORS.passed("swtpm", version[1] if version else "of an unknown version")

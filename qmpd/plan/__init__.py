@@ -7,7 +7,7 @@ of the options, which golden files freeze.
 from __future__ import annotations
 
 from qmpd.plan.command import plan
-from qmpd.plan.launch import BlankImage, Copy, LaunchPlan, Listening, SerialPipe
+from qmpd.plan.launch import BlankImage, Copy, LaunchPlan, Listening, SerialPipe, TpmEmulator, TpmLine
 from qmpd.plan.network import without_forwards
 from qmpd.plan.resolution import Resolved, console_port, mac_address, resolve, serial_ports
 
@@ -18,6 +18,8 @@ __all__ = [
     "Listening",
     "Resolved",
     "SerialPipe",
+    "TpmEmulator",
+    "TpmLine",
     "console_port",
     "mac_address",
     "plan",

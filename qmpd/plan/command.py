@@ -8,12 +8,12 @@ from typing import Final
 from qmpd.argv import Option
 from qmpd.board import NamedBoard
 from qmpd.facts import World
-from qmpd.plan import boot, channels, disks, network, platform
-from qmpd.plan.launch import LaunchPlan, Listening, SerialPipe
+from qmpd.plan import boot, channels, disks, network, platform, tpm
+from qmpd.plan.launch import LaunchPlan, Listening, SerialPipe, TpmLine
 from qmpd.plan.resolution import Resolved, resolve
 from qmpd.spec import MachineSpec
 
-Fragment = Callable[[Resolved], Sequence[Option | Listening | SerialPipe]]
+Fragment = Callable[[Resolved], Sequence[Option | Listening | SerialPipe | TpmLine]]
 
 FRAGMENTS: Final[tuple[Fragment, ...]] = (
     platform.confinement,
@@ -33,6 +33,7 @@ FRAGMENTS: Final[tuple[Fragment, ...]] = (
     network.nics,
     channels.entropy,
     channels.watchdog,
+    tpm.device,
     channels.devices,
     channels.extra,
 )
@@ -49,4 +50,5 @@ def plan(spec: MachineSpec, named: NamedBoard, world: World) -> LaunchPlan:
         directories=(world.paths.run, world.paths.state),
         copies=boot.variables(machine),
         blank_images=disks.blank_images(machine),
+        tpm=tpm.emulator(machine),
     )

@@ -104,6 +104,13 @@ def watchdog_model(spec: MachineSpec, board: Board) -> str | None:
     return spec.watchdog.model or next(iter(board.watchdogs), None)
 
 
+def tpm_model(spec: MachineSpec, board: Board) -> str | None:
+    """The TPM to attach: the definition's, or the board's first; None where none is wanted, or the board takes none."""
+    if spec.tpm is None:
+        return None
+    return spec.tpm.model or next(iter(board.tpms), None)
+
+
 def on_bus(board: Board) -> dict[str, object]:
     """The bus that devices must name on a board where QEMU would not find it by itself."""
     return {} if board.device_bus is None else {"bus": board.device_bus}

@@ -36,6 +36,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     devices.serial_ports,
     devices.entropy,
     devices.watchdog,
+    devices.tpm,
     devices.display,
     devices.further_devices,
     devices.further_options,

@@ -9,14 +9,14 @@ from typing import Final
 
 from qmpd.argv import parse
 from qmpd.errors import Problem
-from qmpd.plan.resolution import watchdog_model
+from qmpd.plan.resolution import tpm_model, watchdog_model
 from qmpd.spec import VncDisplay
 from qmpd.validation.subject import Subject, choices, problem
 
 #: Ids as QEMU's own `id_wellformed` allows them; 7.2 lets others through for JSON `-device` and fails later.
 ID_PATTERN: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}\Z")
 #: Ids that qmpd gives itself.
-RESERVED_ID: Final = re.compile(r"(disk|net|nic|serial|display|rng|pflash|watchdog)\d+|qmp|rescue|.*-controller")
+RESERVED_ID: Final = re.compile(r"(disk|net|nic|serial|display|rng|pflash|watchdog|tpm)\d+|qmp|rescue|.*-controller")
 #: QEMU's JSON parser reads integers as int64 or uint64.
 INTEGERS: Final = (-(2**63), 2**64 - 1)
 #: The properties of real devices nest three levels deep.
@@ -54,6 +54,21 @@ def watchdog(subject: Subject) -> Iterator[Problem]:
         yield problem("watchdog.model", f"board {subject.named.id!r} takes no watchdog {model!r}; it takes {choices(offered)}")
     else:
         yield from _driver(subject, model, "watchdog.model")
+
+
+def tpm(subject: Subject) -> Iterator[Problem]:
+    """A TPM must be one the board takes and the emulator has, and needs the program that is behind it."""
+    if subject.spec.tpm is None:
+        return
+    model, offered = tpm_model(subject.spec, subject.board), subject.board.tpms
+    if model is None or not offered:
+        yield problem("tpm", f"no TPM can be attached to board {subject.named.id!r}")
+    elif model not in offered:
+        yield problem("tpm.model", f"board {subject.named.id!r} takes no TPM {model!r}; it takes {choices(offered)}")
+    else:
+        yield from _driver(subject, model, "tpm.model")
+    if subject.world.swtpm is None:
+        yield problem("tpm", "swtpm, which emulates TPMs, is not installed (package swtpm)")
 
 
 def display(subject: Subject) -> Iterator[Problem]:

@@ -34,8 +34,8 @@ FIRMWARE: Final = (
     "u-boot-qemu",
 )
 #: tmux: qmpctl's attach is tested in a real terminal. iproute2: what listens is looked at with ss. systemd: its tools check the units.
-#: prometheus: promtool checks the metrics and the dashboard.
-TEST_TOOLS: Final = ("iproute2", "prometheus", "systemd", "tmux")
+#: prometheus: promtool checks the metrics and the dashboard. swtpm: machines with a TPM.
+TEST_TOOLS: Final = ("iproute2", "prometheus", "swtpm", "systemd", "tmux")
 #: A Debian guest is made of packages, in which the units of systemd/ have to hold.
 SLOW_TOOLS: Final = ("e2fsprogs", "mmdebstrap")
 TEST_GUESTS: Final = Path("tests/guests/guests.toml")

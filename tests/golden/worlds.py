@@ -38,7 +38,7 @@ def world(board: Board, spec: MachineSpec, *, kvm: bool = False) -> World:
     files = {path: _file(path) for path in paths_of(spec)}
     verdict = AcceleratorFacts(usable=kvm, reason="measured", ratio=12.0 if kvm else 0.1)
     paths = MachinePaths(run=f"/run/qmpd/m/{spec.name}", state=f"/var/lib/qmpd/machines/{spec.name}")
-    return World(emulator=emulator, host_arch="x86_64", kvm=verdict, paths=paths, files=files)
+    return World(emulator=emulator, host_arch="x86_64", kvm=verdict, paths=paths, files=files, swtpm="/usr/bin/swtpm")
 
 
 def _file(path: str) -> FileFacts:

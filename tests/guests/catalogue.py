@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 How = Literal["kernel", "bios", "disk", "floppy"]
-Variant = Literal["count", "flood", "reset", "poweroff", "echo", "quiet", "blocks"]
+Variant = Literal["count", "flood", "reset", "poweroff", "echo", "quiet", "blocks", "tpm"]
 
 SOURCE_DIRECTORY = Path(__file__).parent / "src"
 _CATALOGUE_FILE = Path(__file__).parent / "guests.toml"

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def confiner(settings: Settings, place: Path) -> Confiner:
 @contextlib.asynccontextmanager
 async def running(directory: Path, admit: Admit) -> AsyncIterator[QemuProcess]:
     def record(identity: Identity) -> None:
-        admit(identity.pid)
+        admit([identity.pid])
 
     process = await launch(partial(gate, PROGRAM, inherited=(), cwd="/", stderr=str(directory / "stderr"), record=record))
     try:
@@ -184,8 +184,8 @@ async def test_a_scope_has_the_limits_and_the_process_and_vanishes_with_it(bus: 
         async with systemd(bus) as connection:
             connection.begin()
 
-            def admit(pid: int, connection: Systemd = connection) -> None:
-                asyncio.run_coroutine_threadsafe(connection.start_scope("qmpd-web.scope", properties("web", limits, pid)), loop).result()
+            def admit(pids: Sequence[int], connection: Systemd = connection) -> None:
+                asyncio.run_coroutine_threadsafe(connection.start_scope("qmpd-web.scope", properties("web", limits, pids)), loop).result()
 
             async with running(tmp_path, admit) as process:
                 assert cgroups.directory_of(process.identity.pid) == str(place / "qmpd.slice" / scope_of("web"))
@@ -197,7 +197,7 @@ async def test_systemd_says_who_it_is_and_why_it_refuses(bus: str) -> None:
     async with systemd(bus) as connection:
         assert (await connection.version())[0].isdigit()
         with pytest.raises(HostError, match=r"systemd refused StartTransientUnit: Process with ID"):
-            await connection.start_scope("qmpd-web.scope", properties("web", Limits(), 2**22 - 1))
+            await connection.start_scope("qmpd-web.scope", properties("web", Limits(), [2**22 - 1]))
         with pytest.raises(HostError, match="systemd refused StartTransientUnit"):
             await connection.start_scope("qmpd-web.scope", [Property("MemoryMax", "s", "much")])
         with pytest.raises(HostError, match="systemd refused AttachProcessesToUnit"):
@@ -209,8 +209,8 @@ async def test_a_name_that_another_unit_has_is_refused_in_the_end(bus: str, tmp_
     loop = asyncio.get_running_loop()
     async with systemd(bus) as connection:
 
-        def admit(pid: int) -> None:
-            asyncio.run_coroutine_threadsafe(connection.start_scope("qmpd-web.scope", properties("web", Limits(), pid)), loop).result()
+        def admit(pids: Sequence[int]) -> None:
+            asyncio.run_coroutine_threadsafe(connection.start_scope("qmpd-web.scope", properties("web", Limits(), pids)), loop).result()
 
         async with running(tmp_path, admit) as first:
             with pytest.raises(HostError, match=r"qmpd-web\.scope was already loaded"):
@@ -228,8 +228,8 @@ async def test_a_process_is_put_below_a_unit_that_was_delegated(bus: str, place:
         (directory / "web").mkdir()
         loop = asyncio.get_running_loop()
 
-        def admit(pid: int) -> None:
-            asyncio.run_coroutine_threadsafe(connection.attach("given.scope", "/web", pid), loop).result()
+        def admit(pids: Sequence[int]) -> None:
+            asyncio.run_coroutine_threadsafe(connection.attach("given.scope", "/web", *pids), loop).result()
 
         async with running(tmp_path, admit) as process:
             assert cgroups.directory_of(process.identity.pid) == str(directory / "web")

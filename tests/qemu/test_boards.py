@@ -14,11 +14,12 @@ from qmpd.errors import QmpdError
 from qmpd.lifecycle import State
 from qmpd.plan.disks import halts_on_error
 from qmpd.service import Service
-from qmpd.spec import BiosFirmware, Firmware, ImageDisk, Kernel, MachineSpec, NoFirmware, UserNic, VncDisplay, Watchdog
+from qmpd.spec import BiosFirmware, Firmware, ImageDisk, Kernel, MachineSpec, NoFirmware, Tpm, UserNic, VncDisplay, Watchdog
 from qmpd.views import StartRequest
 from tests.golden.worlds import CATALOGUE
 from tests.guests.build import Guest
 from tests.newer_qemu import BOARDS, MAJOR_VERSION, skip_where_it_differs
+from tests.unavailable import tool
 
 pytestmark = pytest.mark.qemu
 
@@ -71,6 +72,9 @@ def variants(name: str, plain: MachineSpec, directory: Path) -> Iterator[tuple[s
         yield "rng", msgspec.structs.replace(plain, rng=True)
     for model in board.watchdogs:
         yield f"watchdog {model}", msgspec.structs.replace(plain, watchdog=Watchdog(model=model))
+    for model in board.tpms:
+        tool("swtpm", "swtpm")
+        yield f"TPM {model}", msgspec.structs.replace(plain, tpm=Tpm(model=model))
     if board.display.device or board.display.vnc_vga or board.display.on_board:
         yield "vnc", msgspec.structs.replace(plain, display=VncDisplay())
 

@@ -98,3 +98,9 @@ def test_every_block_a_writer_reports_is_on_the_disk(guest: Guest, tmp_path: Pat
     ring = read_ring(disk)
     assert (said.gaps, said.errors, ring.torn) == ((), 0, ())
     assert missing(ring, said.last) == ()
+
+
+@named("tpm")
+def test_a_guest_for_a_tpm_says_when_there_is_none(guest: Guest) -> None:
+    with running(guest) as machine:
+        machine.read_until(lambda output: output.endswith(line(guest) + b"TPM none\r\n"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from blockbuster import blockbuster_ctx
 
+from qmpd import tpm
 from qmpd.accelerator import Accelerators
 from qmpd.hostcheck import check, firmware, remedies, software
 from qmpd.hostcheck.tree import HostTree
@@ -75,6 +76,16 @@ async def test_a_host_without_qemu_img_is_a_warning(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PATH", "/nowhere")
     line = await software.image_line("debian")
     assert (line.verdict, line.mend) == ("warn", "sudo apt install qemu-utils")
+
+
+async def test_a_host_without_swtpm_has_machines_without_tpm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tpm, "ENVIRONMENT", {"PATH": str(tmp_path)})
+    line = await software.tpm_line("debian")
+    assert (line.verdict, line.found, line.meaning) == ("pass", "none", "No machine can have a TPM: sudo apt install swtpm")
+    program = tmp_path / "swtpm"
+    program.write_text("#!/bin/sh\necho TPM emulator version 0.7.1, Copyright\n")
+    program.chmod(0o755)
+    assert (await software.tpm_line("debian")).found == "0.7.1"
 
 
 async def test_what_a_program_prints_is_read_whole_or_not_at_all() -> None:

@@ -108,11 +108,11 @@ def test_a_check_says_which_cgroups_the_kernel_has(host: Host, files: dict[str, 
 
 
 def test_systemd_is_asked_in_its_own_names_and_units() -> None:
-    asked = {item.name: (item.signature, item.value) for item in properties("web", EVERYTHING, 42)}
+    asked = {item.name: (item.signature, item.value) for item in properties("web", EVERYTHING, [42, 43])}
     assert asked == {
         "Description": ("s", "qmpd machine web"),
         "Slice": ("s", "qmpd.slice"),
-        "PIDs": ("au", [42]),
+        "PIDs": ("au", [42, 43]),
         "CollectMode": ("s", "inactive-or-failed"),
         "Before": ("as", ["qmpd-guests-shutdown.service"]),
         "CPUQuotaPerSecUSec": ("t", 1_500_000),
@@ -121,7 +121,7 @@ def test_systemd_is_asked_in_its_own_names_and_units() -> None:
         "IOWeight": ("t", 500),
         "TasksMax": ("t", 300),
     }
-    assert len(properties("web", Limits(), 42)) == 5
+    assert len(properties("web", Limits(), [42])) == 5
 
 
 def directory(path: Path, enabled: str) -> Path:

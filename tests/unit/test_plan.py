@@ -103,6 +103,24 @@ def test_only_what_is_not_as_qemu_would_have_it_is_said_of_actions() -> None:
     assert values(planned({"actions": wanted}, world=able), "action") == ["panic=exit-failure,reboot=shutdown,watchdog=pause"]
 
 
+def test_a_tpm_is_the_boards_first_or_the_one_that_is_named() -> None:
+    made = planned({"tpm": {}})
+    assert documents(made, "device") == [{"driver": "isa-debugcon", "id": "tpm0", "tpmdev": "tpm0-backend"}]
+    assert values(made, "tpmdev") == ["emulator,id=tpm0-backend,chardev=tpm0-control"]
+    assert "socket,id=tpm0-control,path=/run/m/tpm.sock" in values(made, "chardev")
+    assert documents(planned({"tpm": {"model": "vga"}}, {"tpms": ["isa-debugcon", "vga"]}), "device")[0]["driver"] == "vga"
+    assert planned({}).tpm is None
+
+
+def test_a_tpm_is_reached_through_a_socket_that_is_passed_also_when_nothing_else_is() -> None:
+    made = planned({"tpm": {}}).detached()
+    assert made.tpm is not None
+    assert made.tpm.line.id == "tpm0-control"
+    assert "socket,id=tpm0-control,fd=9" in made.argv({"tpm0-control": 9})
+    assert made.tpm.argv(7)[-3:] == ("--ctrl", "type=unixio,clientfd=7", "--terminate")
+    assert made.by_hand().startswith("/usr/bin/swtpm socket --tpm2 --tpmstate dir=/var/m/tpm,mode=0600 ")
+
+
 def test_a_watchdog_is_the_boards_first_or_the_one_that_is_named() -> None:
     board = {"watchdogs": ["i6300esb", "ib700"], "device_bus": "pci.1"}
     assert documents(planned({"watchdog": {}}, board), "device") == [{"driver": "i6300esb", "id": "watchdog0", "bus": "pci.1"}]

@@ -36,6 +36,7 @@ BOARD: Mapping[str, object] = {
     "default_nic": "net",
     "rng": "rng-pci",
     "watchdogs": ["isa-debugcon", "old-dog"],
+    "tpms": ["isa-debugcon", "old-tpm"],
     "display": {"device": "vga"},
 }
 WORLD = World(
@@ -51,6 +52,7 @@ WORLD = World(
     host_arch="x86_64",
     kvm=AcceleratorFacts(usable=True, reason="measured", ratio=10.0),
     paths=MachinePaths(run="/run/m", state="/var/m"),
+    swtpm="/usr/bin/swtpm",
     files={"/f": GOOD, "/g": GOOD, "/e": msgspec.structs.replace(GOOD, magic="elf"), "/q": msgspec.structs.replace(GOOD, magic="qcow2")},
 )
 

@@ -18,6 +18,7 @@ GOOD_ONES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
             "nics": [{"kind": "user", "forwards": [{"guest_port": 22}, {"guest_port": 23}]}],
             "rng": True,
             "watchdog": {},
+            "tpm": {},
             "serial_ports": [{"kind": "none"}, {"kind": "console"}],
             "display": {"kind": "vnc", "device": "vga-old"},
             "devices": [{"driver": "isa-debugcon", "id": "debug", "list": [1, 2.5, None, {"deep": "er"}]}],
@@ -243,6 +244,18 @@ WRONG: dict[str, tuple[dict[str, object], dict[str, object], list[str]]] = {
         {},
         ["$.watchdog.model: /usr/bin/qemu-system-toy has no device 'old-dog'; close to it: isa-debugcon, vga, vga-old"],
     ),
+    "no TPM": ({"tpm": {}}, {"tpms": []}, ["$.tpm: no TPM can be attached to board 'toy'"]),
+    "another board's TPM": (
+        {"tpm": {"version": "2.0", "model": "tpm-cat"}},
+        {},
+        ["$.tpm.model: board 'toy' takes no TPM 'tpm-cat'; it takes isa-debugcon, old-tpm"],
+    ),
+    "a TPM that the emulator lacks": (
+        {"tpm": {"model": "old-tpm"}},
+        {},
+        ["$.tpm.model: /usr/bin/qemu-system-toy has no device 'old-tpm'; close to it: isa-debugcon, vga, vga-old"],
+    ),
+    "an id of the TPM's": ({"devices": [{"driver": "vga", "id": "tpm0"}]}, {}, ["$.devices[0].id: id 'tpm0' is one qmpd uses itself"]),
     "actions that the emulator lacks": (
         {"actions": {"panic": "exit-failure", "watchdog": "inject-nmi"}},
         {},

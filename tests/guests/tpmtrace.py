@@ -1,0 +1,38 @@
+"""What a guest says that uses its TPM."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final
+
+import msgspec
+
+from qmpd.service import Service
+from qmpd.views import ExpectRequest
+
+#: A TPM that answers.
+WORKS: Final = "00000000"
+#: PCR 10 after the guest has extended it once.
+MEASURED: Final = hashlib.sha256(bytes(32) + b"this is what was measured of it.").hexdigest()[:16]
+LINE: Final = r"TPM rc=([0-9a-f]{8}) pcr=([0-9a-f]{16}) resets=([0-9a-f]{8})\r"
+#: Means that something hangs.
+HUNG_S: Final = 60.0
+
+
+class Said(msgspec.Struct, frozen=True):
+    """The TPM's answer, what begins the register, and how often the TPM was reset."""
+
+    code: str
+    register: str
+    resets: int
+
+
+async def said(service: Service, name: str) -> Said:
+    """What the guest says next."""
+    found = await service.expect(name, ExpectRequest(pattern=LINE, timeout_s=HUNG_S))
+    assert found.matched, found
+    code, register, resets = found.groups
+    assert code is not None
+    assert register is not None
+    assert resets is not None
+    return Said(code, register, int(resets, 16))
