@@ -53,19 +53,19 @@ def sizes_at_rest(spec: MachineSpec, paths: Iterable[str]) -> dict[str, tuple[in
 
 
 def packed(machine: Machine, paths: MachinePaths, left: Collection[int], *, all_of_it: bool) -> tuple[Parcel, ...]:
-    """What a machine at rest brings: its disks but for those that are `left` where they are, its firmware's variables, and with `all_of_it`
-    what tells of its past: logs, and how it ended. Blocks.
+    """What a machine at rest brings: its disks but for those that are `left` where they are, its firmware's variables, the state of a TPM
+    that was used, and with `all_of_it` what tells of its past: logs, and how it ended. Blocks.
 
     Raises:
         CannotMove: a file of it cannot be looked at.
     """
-    parcels = []
+    parcels, wanted = [], {"tpm", "stderr", "exit"} if all_of_it else {"tpm"}
     for item, target in targets(machine.definition.spec, paths, tuple(machine.consoles)).items():
         if target.kind == "disk" and int(item.removeprefix("disk-")) in left:
             continue
         if target.kind == "log" and all_of_it:
             parcels.append(_log_parcel(machine, item, target))
-        elif target.kind in {"disk", "vars"} or (target.kind != "log" and all_of_it and Path(target.path).exists()):
+        elif target.kind in {"disk", "vars"} or (target.kind in wanted and Path(target.path).exists()):
             parcels.append(_file_parcel(item, target.path))
     return tuple(parcels)
 

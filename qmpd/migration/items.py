@@ -20,11 +20,14 @@ from qmpd.spec import BlankDisk, MachineSpec, PflashFirmware
 
 #: The largest flash of a machine of QEMU has 64 MiB.
 MAX_VARIABLES_BYTES: Final = 256 * 1024 * 1024
+#: What swtpm keeps of a TPM, in one file: 6 KB when it is new, and up to 128 KB in its own non-volatile memory.
+TPM_STATE: Final = "tpm2-00.permall"
+MAX_TPM_BYTES: Final = 1024 * 1024
 #: How a QEMU ended, with the end of what it printed.
 MAX_EXIT_BYTES: Final = 1024 * 1024
 MIB: Final = 1024 * 1024
 
-Kind = Literal["disk", "log", "vars", "stderr", "exit"]
+Kind = Literal["disk", "log", "vars", "tpm", "stderr", "exit"]
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +55,8 @@ def _targets(spec: MachineSpec, paths: MachinePaths, serial_ports: Sequence[int]
         yield f"disk-{index}", Target(kind="disk", path=disk_path(spec, paths, index), own=own, exact=exact)
     if isinstance(spec.firmware, PflashFirmware):
         yield "vars", Target(kind="vars", path=paths.variables, limit=MAX_VARIABLES_BYTES)
+    if spec.tpm is not None:
+        yield "tpm", Target(kind="tpm", path=f"{paths.tpm}/{TPM_STATE}", limit=MAX_TPM_BYTES)
     for port in serial_ports:
         yield log_item(port), Target(kind="log", path=paths.log(f"serial{port}"))
     yield "stderr", Target(kind="stderr", path=paths.log("stderr"))

@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from qmpd.viewbase import Request, View
 
-ITEM_PATTERN: Final = r"^(?:(?:disk|log)-(?:0|[1-9][0-9]?)|vars|stderr|exit)\Z"
+ITEM_PATTERN: Final = r"^(?:(?:disk|log)-(?:0|[1-9][0-9]?)|vars|tpm|stderr|exit)\Z"
 #: The item that a firmware's variables are.
 VARIABLES: Final = "vars"
 #: Larger than any file system takes as one file today; sizes come from outside.

@@ -24,7 +24,7 @@ from qmpd.record import Definition
 from qmpd.registry import Registry
 from qmpd.settings import Peer
 from qmpd.spec import Limits
-from qmpd.storage import claim, clear_unfinished, make, make_place, replace
+from qmpd.storage import claim, clear_unfinished, furnish, make_directory, make_place, replace
 
 
 class Preparation:
@@ -104,7 +104,9 @@ class Preparation:
             launch = await self._reception.launch(entry.offer, spec, self._planning)
             await self._reception.announced(self._admissions.delivery(entry, kept_ports(launch)))
             if not entry.at_rest:
-                await make(launch.plan.blank_images, launch.plan.copies)
+                await furnish(launch.plan)
+            elif launch.plan.tpm is not None:
+                await asyncio.to_thread(make_directory, launch.plan.tpm.directory)
         except BaseException as error:  # perhaps a full file system, which takes no notes either
             await asyncio.to_thread(remove_made, entry.made)
             with contextlib.suppress(HostError):  # the next daemon removes what is marked

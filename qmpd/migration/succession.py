@@ -41,6 +41,7 @@ from qmpd.migration.shipping import Shipment, abilities_of
 from qmpd.migration.successor import (
     Note,
     Successor,
+    beside,
     clear_places,
     end_unled,
     ended,
@@ -59,6 +60,7 @@ from qmpd.registry import Registry
 from qmpd.shortage import shortage
 from qmpd.spec import Limits, MachineSpec
 from qmpd.tasks import Tasks, undivided
+from qmpd.tpm import dismiss_recorded, drop, take_place
 from qmpd.views import JobView
 
 VERB: Final = "upgrade-emulator"
@@ -107,7 +109,7 @@ class Successions:
             machine.require(FROM, VERB)
             old, paths = _recorded(machine), self._registry.paths(machine.name)
             launch = await self._planned(machine, old, request.emulator)
-            note = Note(old=old.identity, before=await look(machine.session), directory=launch.run_dir)
+            note = Note(old=old.identity, tpm=old.tpm, before=await look(machine.session), directory=launch.run_dir)
             await _on_disk(partial(write_note, paths.run, note))
             try:
                 result = await self._moved(machine, note, launch, report)
@@ -182,7 +184,7 @@ class Successions:
         machine.launch, successor.record, successor.leads = record, record, True
         try:
             await passing("succession-committed")
-            await ended(note.old)
+            await _gone(note, paths)
             await asyncio.to_thread(_join_logs, record)
             await passing("succession-cont")
             if note.went:
@@ -206,7 +208,7 @@ class Successions:
         """Returns when the guest is as it was when it was halted, and the old QEMU is gone; or the machine has ended."""
         while not await machine.until(AT_REST, 0):
             try:
-                await ended(note.old)
+                await _gone(note, self._registry.paths(machine.name))
                 await _logs_joined(machine)
                 await machine.until(AT_REST | FROM, AGAIN_S)
                 if note.went and machine.state is not State.RUNNING:
@@ -251,6 +253,7 @@ class Successions:
             else:
                 break
         await asyncio.to_thread(clear_places, paths.run, old)
+        await asyncio.to_thread(drop, beside(paths).tpm)
         await asyncio.to_thread(remove_note, paths.run)
 
     # After a restart of the daemon.
@@ -258,14 +261,14 @@ class Successions:
     async def restore(self) -> None:
         """Before processes are taken over: of two QEMUs that an earlier daemon left, the one that does not lead is ended."""
         for machine in self._registry:
-            run_dir = self._registry.paths(machine.name).run
+            paths = self._registry.paths(machine.name)
             try:
-                note = await asyncio.to_thread(read_note, run_dir)
+                note = await asyncio.to_thread(read_note, paths.run)
                 if note is None:
                     continue
-                record = await asyncio.to_thread(read_record, run_dir)
+                record = await asyncio.to_thread(read_record, paths.run)
                 if led := leads(record, note):
-                    await ended(note.old)
+                    await _gone(note, paths)
                     await asyncio.to_thread(_join_logs, record)
                 else:
                     await end_unled(note)
@@ -310,6 +313,13 @@ def _recorded(machine: Machine) -> LaunchRecord:
     if machine.definition.spec.limits != Limits():
         raise CannotMove(f"machine {machine.name!r} has limits, into which two QEMUs do not fit: stop it and start it instead")
     return machine.launch
+
+
+async def _gone(note: Note, paths: MachinePaths) -> None:
+    """The old QEMU and its TPM are gone, and the successor's TPM has the machine's state. May be repeated. Raises HostError, OSError."""
+    await ended(note.old)
+    await dismiss_recorded(note.tpm)
+    await asyncio.to_thread(take_place, paths.tpm, beside(paths).tpm)
 
 
 def _join_logs(record: LaunchRecord) -> None:

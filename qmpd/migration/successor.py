@@ -31,6 +31,7 @@ from qmpd.segments import NEXT
 from qmpd.session import Session
 from qmpd.shortage import shortage
 from qmpd.tasks import alongside
+from qmpd.tpm import dismiss_recorded
 
 NOTE_NAME: Final = "succession.msgpack"
 #: Where a successor's sockets and pipes are, in turn: those of the one before are in use.
@@ -41,13 +42,14 @@ END_LIMIT_S: Final = 30.0
 
 class Note(msgspec.Struct, frozen=True, kw_only=True):
     """What a daemon that is killed meanwhile must know: the QEMU before, how it was set (`before`), the successor's directory and how
-    that one was set when it was new (`fresh`), and whether the guest ran when it was halted for the change."""
+    that one was set when it was new (`fresh`), whether the guest ran when it was halted for the change, and the TPM of the QEMU before."""
 
     old: Identity
     before: Before
     directory: str
     went: bool = False
     fresh: Dials | None = None
+    tpm: Identity | None = None
 
 
 def write_note(run_dir: str, note: Note) -> None:
@@ -80,7 +82,12 @@ def place_beside(record: LaunchRecord, paths: MachinePaths) -> MachinePaths:
     """Where the successor of a recorded QEMU has its sockets."""
     used = Path(record.sockets["qmp"]).parent.name
     free = next(place for place in PLACES if place != used)
-    return MachinePaths(run=f"{paths.run}/{free}", state=paths.state)
+    return msgspec.structs.replace(beside(paths), run=f"{paths.run}/{free}")
+
+
+def beside(paths: MachinePaths) -> MachinePaths:
+    """Where the successor of a machine's QEMU has what both cannot have."""
+    return msgspec.structs.replace(paths, beside=True)
 
 
 def leads(record: LaunchRecord, note: Note) -> bool:
@@ -128,7 +135,9 @@ async def ended(identity: Identity) -> None:
 async def end_unled(note: Note) -> None:
     """Ends the successor that did not become the machine's QEMU, and removes what was made for it. Raises HostError."""
     with suppress(FileNotFoundError, ValueError):
-        await ended((await asyncio.to_thread(read_record, note.directory)).identity)
+        record = await asyncio.to_thread(read_record, note.directory)
+        await ended(record.identity)
+        await dismiss_recorded(record.tpm)
     await asyncio.to_thread(_remove, Path(note.directory))
 
 

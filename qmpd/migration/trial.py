@@ -18,7 +18,6 @@ from typing import Final
 
 import msgspec
 
-from qmpd.argv import Option
 from qmpd.errors import Busy, HostError, Invalid, QmpdError
 from qmpd.facts import MachinePaths
 from qmpd.failpoint import passing
@@ -35,8 +34,9 @@ from qmpd.planning import Planning
 from qmpd.settings import Peer
 from qmpd.shortage import shortage
 from qmpd.spec import BlankDisk, Disk, ImageDisk, Limits, MachineSpec
-from qmpd.storage import make
+from qmpd.storage import furnish
 from qmpd.throwaway import Throwaway, throwaway
+from qmpd.tpm import lent
 
 MIB: Final = 1024 * 1024
 #: A QEMU is there within a second and answers all questions in less; whoever asks waits a little longer than this.
@@ -111,9 +111,8 @@ class Trials:
                 await asyncio.to_thread(_make_sparse, paths.variables, min(variables, MAX_VARIABLES_BYTES))
             launch = await self._planning.launch(_stood_in(offer, targets), paths)
             plan = _sized(launch, offer, paths)
-            await make(plan.blank_images, plan.copies)
-            words = [word for option in plan.detached().awaiting().options if isinstance(option, Option) for word in option.words()]
-            async with throwaway(plan.binary, words) as emulator:
+            await furnish(plan)
+            async with lent(plan.tpm) as line, throwaway(*_command(plan, line), tuple(line.values())) as emulator:
                 await passing("migration-trial")
                 return await surveyed(_Questions(emulator))
 
@@ -128,6 +127,11 @@ class Trials:
             yield place
         finally:
             await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
+
+
+def _command(plan: LaunchPlan, fds: Mapping[str, int]) -> tuple[str, tuple[str, ...]]:
+    binary, *words = plan.detached().awaiting().argv(fds)
+    return binary, tuple(words)
 
 
 def _make_sparse(path: str, size: int) -> None:

@@ -1,0 +1,173 @@
+"""A machine's TPM moves along: with the guest's state where it runs, as a file where it does not; and it stays where QEMU is replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from qmpd import tpm
+from qmpd.failpoint import arm
+from qmpd.hostprocess import is_alive
+from qmpd.lifecycle import State
+from qmpd.migrationviews import MigrateRequest, UpgradeRequest
+from qmpd.process import Identity
+from qmpd.record import read_record
+from qmpd.service import Service
+from qmpd.settings import Settings
+from qmpd.spec import MachineSpec, Tpm
+from qmpd.views import StartRequest
+from tests.guests.build import Guest
+from tests.guests.tpmtrace import MEASURED, WORKS, said
+from tests.machines import spec_of
+from tests.migration.test_moves import ended, known, moved, pair
+from tests.migration.test_succession import ended as replaced
+from tests.migration.test_succession import upgraded
+from tests.unavailable import tool
+
+pytestmark = pytest.mark.qemu
+
+NAME = "one"
+HUNG_S = 60.0
+
+
+@pytest.fixture
+def machine(guests: dict[str, Guest]) -> MachineSpec:
+    """A machine whose guest reads its TPM again and again."""
+    tool("swtpm", "swtpm")
+    return spec_of(guests["x86_64-q35-tpm"], NAME, tpm=Tpm())
+
+
+def state_of(directory: Path, host: str) -> Path:
+    return directory / host / "s/machines" / NAME / "tpm"
+
+
+def swtpm_of(run_dir: str) -> Identity:
+    found = read_record(f"{run_dir}/m/{NAME}").tpm
+    assert found is not None
+    return found
+
+
+async def test_a_tpm_goes_on_where_its_guest_goes_on(short_directory: Path, machine: MachineSpec) -> None:
+    async with pair(short_directory) as (a, b):
+        await a.service.create(machine, start=True)
+        first = await said(a.service, NAME)
+        await moved(a, NAME, "b")
+        second = await said(b.service, NAME)
+        assert (second.code, second.register) == (WORKS, MEASURED)
+        assert second == first
+        assert not state_of(short_directory, "a").exists()
+        await b.service.stop(NAME)
+        await b.service.start(NAME, StartRequest())
+        third = await said(b.service, NAME)
+        assert (third.code, third.register) == (WORKS, MEASURED)
+        assert third.resets > first.resets
+        await moved(b, NAME, "a")
+        assert await said(a.service, NAME) == third
+        await a.service.kill(NAME)
+
+
+async def test_a_tpm_of_a_machine_at_rest_moves_as_a_file(short_directory: Path, machine: MachineSpec) -> None:
+    async with pair(short_directory) as (a, b):
+        await a.service.create(machine)
+        await moved(a, NAME, "b")  # there is no state yet
+        await b.service.start(NAME, StartRequest())
+        first = await said(b.service, NAME)
+        await b.service.stop(NAME)
+        kept = (state_of(short_directory, "b") / "tpm2-00.permall").read_bytes()
+        await moved(b, NAME, "a")
+        assert known(b, NAME) is None
+        assert (state_of(short_directory, "a") / "tpm2-00.permall").read_bytes() == kept
+        assert not state_of(short_directory, "b").exists()
+        await a.service.start(NAME, StartRequest())
+        second = await said(a.service, NAME)
+        assert (second.code, second.register) == (WORKS, MEASURED)
+        assert second.resets > first.resets
+        await a.service.kill(NAME)
+
+
+async def test_a_migration_that_fails_leaves_the_guest_with_its_tpm(short_directory: Path, machine: MachineSpec) -> None:
+    async with pair(short_directory) as (a, b):
+        await a.service.create(machine, start=True)
+        first = await said(a.service, NAME)
+        try:
+            arm("ownership-give:error")
+            job = await ended(a, await a.service.migration.migrate(NAME, MigrateRequest(peer="b")))
+        finally:
+            arm("")
+        assert job.state == "failed", job
+        assert await said(a.service, NAME) == first
+        assert known(b, NAME) is None
+        assert not state_of(short_directory, "b").exists()
+        await a.service.kill(NAME)
+
+
+@pytest.mark.parametrize("runs", [True, False], ids=["runs", "at rest"])
+async def test_a_host_without_swtpm_is_no_place_for_it(
+    short_directory: Path, machine: MachineSpec, monkeypatch: pytest.MonkeyPatch, runs: bool
+) -> None:
+    async with pair(short_directory) as (a, b):
+        await a.service.create(machine, start=runs)
+        monkeypatch.setattr(tpm, "ENVIRONMENT", {"PATH": "/nowhere"})
+        job = await ended(a, await a.service.migration.migrate(NAME, MigrateRequest(peer="b", dry_run=True)))
+        assert "package swtpm" in str(job.result)
+        job = await ended(a, await a.service.migration.migrate(NAME, MigrateRequest(peer="b")))
+        assert job.state == "failed"
+        assert "swtpm" in str(job.error)
+        assert known(b, NAME) is None
+        if runs:
+            await a.service.kill(NAME)
+
+
+async def test_a_dry_run_tries_it_with_a_tpm_and_leaves_none(short_directory: Path, machine: MachineSpec) -> None:
+    async with pair(short_directory) as (a, b):
+        await a.service.create(machine, start=True)
+        first = await said(a.service, NAME)
+        job = await ended(a, await a.service.migration.migrate(NAME, MigrateRequest(peer="b", dry_run=True)))
+        assert job.state == "succeeded", job.error
+        assert job.result is not None
+        assert job.result["possible"] is True, job.result
+        assert known(b, NAME) is None
+        assert await said(a.service, NAME) == first
+        await a.service.kill(NAME)
+
+
+async def test_a_tpm_stays_when_another_qemu_takes_the_place(service: Service, settings: Settings, machine: MachineSpec) -> None:
+    await service.create(machine, start=True)
+    first, before = await said(service, NAME), swtpm_of(settings.run_dir)
+    for _ in range(2):
+        await upgraded(service)
+        assert await said(service, NAME) == first
+        now = swtpm_of(settings.run_dir)
+        assert now != before
+        assert not is_alive(before)
+        before = now
+    state = Path(settings.state_dir) / "machines" / NAME
+    assert [path.name for path in state.glob("tpm*") if path.is_dir()] == ["tpm"]
+    os.kill(before.pid, signal.SIGKILL)
+    async with asyncio.timeout(HUNG_S):
+        while "machine.tpm-lost" not in {event.kind for event in (await service.events_page(0, 1000, NAME)).events}:
+            await asyncio.sleep(0.02)
+    await service.stop(NAME)
+    await service.start(NAME, StartRequest())
+    second = await said(service, NAME)
+    assert (second.code, second.register) == (WORKS, MEASURED)
+    assert second.resets > first.resets
+    assert service.machine(NAME).state is State.RUNNING
+
+
+async def test_a_replacement_that_fails_leaves_the_guest_with_its_tpm(service: Service, settings: Settings, machine: MachineSpec) -> None:
+    await service.create(machine, start=True)
+    first, before = await said(service, NAME), swtpm_of(settings.run_dir)
+    try:
+        arm("succession-commit:error")
+        job = await replaced(service, await service.successions.upgrade(NAME, UpgradeRequest()))
+    finally:
+        arm("")
+    assert job.state == "failed"
+    assert await said(service, NAME) == first
+    assert swtpm_of(settings.run_dir) == before
+    assert not (Path(settings.state_dir) / "machines" / NAME / "tpm-next").exists()
