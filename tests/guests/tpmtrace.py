@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Final
+from pathlib import Path
+from typing import Final, Protocol
 
 import msgspec
 
-from qmpd.service import Service
-from qmpd.views import ExpectRequest
+from qmpd.views import ExpectRequest, ExpectResult
 
 #: A TPM that answers.
 WORKS: Final = "00000000"
@@ -27,7 +27,14 @@ class Said(msgspec.Struct, frozen=True):
     resets: int
 
 
-async def said(service: Service, name: str) -> Said:
+class Expecting(Protocol):
+    """A service, or a client of one."""
+
+    async def expect(self, name: str, request: ExpectRequest, /) -> ExpectResult:
+        """Wait for a pattern."""
+
+
+async def said(service: Expecting, name: str) -> Said:
     """What the guest says next."""
     found = await service.expect(name, ExpectRequest(pattern=LINE, timeout_s=HUNG_S))
     assert found.matched, found
@@ -36,3 +43,15 @@ async def said(service: Service, name: str) -> Said:
     assert register is not None
     assert resets is not None
     return Said(code, register, int(resets, 16))
+
+
+def tpms_below(directory: Path) -> list[int]:
+    """The processes that have their state below a directory. Blocks."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cwd"):
+        try:
+            if directory in entry.readlink().parents:
+                found.append(int(entry.parent.name))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return found

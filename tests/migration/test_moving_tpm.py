@@ -20,18 +20,21 @@ from qmpd.service import Service
 from qmpd.settings import Settings
 from qmpd.spec import MachineSpec, Tpm
 from qmpd.views import StartRequest
+from tests.golden.worlds import CATALOGUE
 from tests.guests.build import Guest
-from tests.guests.tpmtrace import MEASURED, WORKS, said
-from tests.machines import spec_of
-from tests.migration.test_moves import ended, known, moved, pair
+from tests.guests.tpmtrace import MEASURED, WORKS, said, tpms_below
+from tests.machines import copy_of, spec_of
+from tests.migration.test_moves import ended, known, moved, pair, printed
 from tests.migration.test_succession import ended as replaced
-from tests.migration.test_succession import upgraded
+from tests.migration.test_succession import killed_at, upgraded
+from tests.newer_qemu import GUESTS, skip_where_it_differs
 from tests.unavailable import tool
 
 pytestmark = pytest.mark.qemu
 
 NAME = "one"
 HUNG_S = 60.0
+LOOK_S = 0.02
 
 
 @pytest.fixture
@@ -171,3 +174,58 @@ async def test_a_replacement_that_fails_leaves_the_guest_with_its_tpm(service: S
     assert await said(service, NAME) == first
     assert swtpm_of(settings.run_dir) == before
     assert not (Path(settings.state_dir) / "machines" / NAME / "tpm-next").exists()
+
+
+@pytest.mark.parametrize(
+    ("failpoint", "stays"),
+    [
+        ("gate-spawn:kill@3", True),
+        ("gate-spawn:kill@4", True),
+        ("record-named:kill@2", True),
+        ("tpm-go:kill@2", True),
+        ("gate-gone:kill@2", True),
+        ("succession-commit:kill", True),
+        ("record-named:kill@3", False),
+        ("succession-committed:kill", False),
+        ("succession-log:kill", False),
+        ("succession-cont:kill", False),
+        ("succession-settle:kill", False),
+    ],
+)
+async def test_a_daemon_that_is_killed_while_it_replaces_a_qemu_leaves_one_tpm(machine: MachineSpec, failpoint: str, stays: bool) -> None:
+    async with killed_at(machine, MEASURED, failpoint) as (daemon, client, pid):
+        async with asyncio.timeout(HUNG_S):
+            while (view := await client.machine(NAME)).state is not State.RUNNING or view.operation is not None:
+                await asyncio.sleep(LOOK_S)
+        assert (view.pid == pid) is stays
+        first, swtpm = await said(client, NAME), swtpm_of(str(daemon.run_dir))
+        assert (first.code, first.register) == (WORKS, MEASURED)
+        state = daemon.state_dir / "machines" / NAME
+        assert await asyncio.to_thread(tpms_below, state) == [swtpm.pid]
+        assert [path.name for path in state.glob("tpm*") if path.is_dir()] == ["tpm"]
+        await client.stop(NAME)
+        await client.start(NAME)
+        second = await said(client, NAME)
+        assert (second.code, second.register) == (WORKS, MEASURED)
+        assert second.resets > first.resets
+        await client.kill(NAME)
+        assert await asyncio.to_thread(tpms_below, state) == []
+
+
+@pytest.mark.parametrize("board", ["x86_64-pc", "aarch64-virt", "arm-virt", "riscv64-virt", "ppc64-pseries"])
+async def test_a_tpm_of_every_kind_moves(short_directory: Path, guests: dict[str, Guest], board: str) -> None:
+    """The guests do not use it: what is proven is that QEMU sends and takes it."""
+    tool("swtpm", "swtpm")
+    skip_where_it_differs(board, GUESTS)
+    guest = guests[board]
+    guest = copy_of(guest, short_directory) if guest.how == "disk" else guest
+    async with pair(short_directory) as (a, b):
+        for model in CATALOGUE.get(board).board.tpms:
+            name = f"has-{model}"
+            await a.service.create(spec_of(guest, name, tpm=Tpm(model=model)), start=True)
+            await printed(a, name, 100)
+            await moved(a, name, "b")
+            await printed(b, name, 100)
+            assert b.service.machine(name).state is State.RUNNING
+            await b.service.kill(name)
+            await b.service.delete(name, None)

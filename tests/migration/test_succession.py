@@ -24,7 +24,7 @@ from qmpd.migrationviews import UpgradeReport, UpgradeRequest
 from qmpd.runlock import is_taken
 from qmpd.service import Service
 from qmpd.settings import Settings
-from qmpd.spec import BlankDisk, Forward, Limits, UserNic
+from qmpd.spec import BlankDisk, Forward, Limits, MachineSpec, UserNic
 from qmpd.views import ExpectRequest, JobView, QmpRequest, StartRequest
 from qmpd_api.client import Client, DaemonUnavailable
 from scripts.lib.restartable import Restartable, restartable
@@ -285,16 +285,17 @@ async def test_a_job_that_is_cancelled_leaves_the_old_qemu_running(settings: Set
 
 
 @asynccontextmanager
-async def killed_at(counting: Guest, failpoint: str) -> AsyncIterator[tuple[Restartable, Client, int]]:
-    """A daemon that was killed at a failpoint while it replaced the QEMU of a counting guest, and the next one; the first QEMU."""
+async def killed_at(spec: MachineSpec, sign: str, failpoint: str) -> AsyncIterator[tuple[Restartable, Client, int]]:
+    """A daemon that was killed at a failpoint while it replaced the QEMU of a guest that had printed `sign`, and the next one; the first
+    QEMU."""
     async with AsyncExitStack() as stack:
         daemon = await stack.enter_async_context(restartable(CACHE, {}, prefix="qs-"))
         daemon.start(**{VARIABLE: failpoint})
         await asyncio.to_thread(daemon.wait_answer)
         async with Client(daemon.socket) as client:
-            pid = (await client.create(spec_of(counting, NAME), start=True)).pid
+            pid = (await client.create(spec, start=True)).pid
             assert pid is not None
-            await client.expect(NAME, ExpectRequest(pattern="00000003", from_start=True, timeout_s=HUNG_S))
+            await client.expect(NAME, ExpectRequest(pattern=sign, from_start=True, timeout_s=HUNG_S))
             with suppress(DaemonUnavailable):  # that it is killed is what is wanted
                 job = await client.upgrade_emulator(NAME, UpgradeRequest())
                 async with asyncio.timeout(HUNG_S):
@@ -329,7 +330,7 @@ async def killed_at(counting: Guest, failpoint: str) -> AsyncIterator[tuple[Rest
     ],
 )
 async def test_a_daemon_that_is_killed_leaves_one_qemu_and_the_next_one_goes_on(counting: Guest, failpoint: str, stays: bool) -> None:
-    async with killed_at(counting, failpoint) as (daemon, client, pid):
+    async with killed_at(spec_of(counting, NAME), "00000003", failpoint) as (daemon, client, pid):
         async with asyncio.timeout(HUNG_S):
             while (view := await client.machine(NAME)).state is not State.RUNNING or view.operation is not None:
                 await asyncio.sleep(LOOK_S)

@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from qmpd import tpm
 from qmpd.daemon import running
 from qmpd.errors import HostError, Invalid, LaunchFailed
-from qmpd.failpoint import arm
+from qmpd.failpoint import VARIABLE, arm
 from qmpd.hostprocess import is_alive
 from qmpd.lifecycle import AT_REST, State
 from qmpd.plan import TpmEmulator, TpmLine
@@ -25,9 +26,12 @@ from qmpd.record import read_record, write_record
 from qmpd.service import Service
 from qmpd.settings import Settings
 from qmpd.spec import MachineSpec, Tpm
-from qmpd.views import Event, StartRequest
+from qmpd.views import Event, ExpectRequest, StartRequest
+from qmpd_api.client import Client, DaemonUnavailable
+from scripts.lib.restartable import restartable
+from tests.conftest import CACHE
 from tests.guests.build import Guest
-from tests.guests.tpmtrace import MEASURED, WORKS, said
+from tests.guests.tpmtrace import MEASURED, WORKS, said, tpms_below
 from tests.machines import spec_of
 from tests.unavailable import tool
 
@@ -195,7 +199,7 @@ async def test_a_launch_in_which_one_of_both_never_ran_leaves_nothing(
     assert service.machine(NAME).state in AT_REST
     with pytest.raises(FileNotFoundError):
         read_record(f"{settings.run_dir}/m/{NAME}")
-    assert _of_state(state_of(settings)) == []
+    assert tpms_below(state_of(settings).parent) == []
     assert (await service.start(NAME, StartRequest())).state is State.RUNNING
 
 
@@ -204,7 +208,7 @@ async def test_a_launch_that_fails_in_qemu_ends_the_tpm(service: Service, settin
     with pytest.raises(LaunchFailed, match="QEMU ended with status 1") as failed:
         await service.start(NAME, StartRequest())
     assert "no-such" in str(failed.value)
-    assert _of_state(state_of(settings)) == []
+    assert tpms_below(state_of(settings).parent) == []
 
 
 async def test_a_tpm_that_does_not_start_says_why(service: Service, settings: Settings, machine: MachineSpec) -> None:
@@ -212,7 +216,7 @@ async def test_a_tpm_that_does_not_start_says_why(service: Service, settings: Se
     (state_of(settings) / "tpm2-00.permall").write_bytes(b"this is no state of a TPM")
     with pytest.raises(LaunchFailed, match=r"CMD_INIT.* \(swtpm said .*\)"):
         await service.start(NAME, StartRequest())
-    assert _of_state(state_of(settings)) == []
+    assert tpms_below(state_of(settings).parent) == []
 
 
 async def test_a_swtpm_that_cannot_run_says_why(
@@ -249,13 +253,65 @@ async def test_a_host_without_swtpm_and_a_board_without_tpm_say_so(
         await service.create(machine)
 
 
-def _of_state(directory: Path) -> list[int]:
-    """The processes that are in a directory."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cwd"):
-        try:
-            if entry.readlink() == directory:
-                found.append(int(entry.parent.name))
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-    return found
+@pytest.mark.parametrize(
+    "failpoint", ["gate-spawn:kill@1", "gate-spawn:kill@2", "record-named:kill", "gate-go:kill", "tpm-go:kill", "gate-gone:kill"]
+)
+async def test_a_daemon_that_is_killed_at_a_start_leaves_a_machine_with_its_tpm_or_nothing(machine: MachineSpec, failpoint: str) -> None:
+    async with restartable(CACHE, {}, prefix="qs-") as daemon:
+        daemon.start(**{VARIABLE: failpoint})
+        await asyncio.to_thread(daemon.wait_answer)
+        async with Client(daemon.socket) as client:
+            await client.create(machine)
+            with pytest.raises(DaemonUnavailable):
+                await client.start(NAME)
+        assert daemon.process is not None
+        assert await asyncio.to_thread(daemon.process.wait, HUNG_S) == -signal.SIGKILL
+        daemon.start(**{VARIABLE: ""})
+        await asyncio.to_thread(daemon.wait_answer)
+        state = daemon.state_dir / "machines" / NAME
+        async with Client(daemon.socket) as client:
+            async with asyncio.timeout(HUNG_S):
+                while (view := await client.machine(NAME)).state not in AT_REST | {State.RUNNING}:
+                    await asyncio.sleep(LOOK_S)
+                while len(await asyncio.to_thread(tpms_below, state)) != (view.state is State.RUNNING):
+                    await asyncio.sleep(LOOK_S)
+            assert len(await asyncio.to_thread(daemon.qemus)) == (view.state is State.RUNNING)
+            if view.state is not State.RUNNING:
+                await client.start(NAME)
+            assert (await said(client, NAME)).code == WORKS
+            await client.kill(NAME)
+        assert await asyncio.to_thread(tpms_below, state) == []
+
+
+async def test_a_definition_gets_and_loses_a_tpm_whose_state_is_kept(service: Service, settings: Settings, machine: MachineSpec) -> None:
+    view = await service.create(msgspec.structs.replace(machine, tpm=None), start=True)
+    assert (await service.expect(NAME, ExpectRequest(pattern="TPM none", from_start=True, timeout_s=HUNG_S))).matched
+    await service.stop(NAME)
+    view = await service.replace(NAME, machine, view.revision)
+    await service.start(NAME, StartRequest())
+    first = await said(service, NAME)
+    await service.stop(NAME)
+    view = await service.replace(NAME, msgspec.structs.replace(machine, tpm=None), view.revision)
+    assert state_of(settings).is_dir()
+    await service.replace(NAME, machine, view.revision)
+    await service.start(NAME, StartRequest())
+    assert (await said(service, NAME)).resets > first.resets
+
+
+async def test_the_printed_command_runs_by_hand(service: Service, settings: Settings, machine: MachineSpec) -> None:
+    await service.create(machine)
+    command = await service.command(machine)
+    run = Path(settings.run_dir) / "m" / NAME
+    run.mkdir(parents=True)
+    words = command.text.rstrip() + " -monitor stdio"
+    process = await asyncio.create_subprocess_shell(words, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE)
+    answer, _ = await asyncio.wait_for(process.communicate(b"info tpm\nquit\n"), HUNG_S)
+    assert b"tpm-crb" in answer
+    async with asyncio.timeout(HUNG_S):
+        while _listens(run / "tpm.sock"):
+            await asyncio.sleep(LOOK_S)
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as peer:
+        return peer.connect_ex(str(path)) == 0
