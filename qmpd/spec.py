@@ -53,7 +53,9 @@ Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 Order = Annotated[int, Meta(ge=-1000, le=1000)]
 #: As cgroup v2 has them: 100 is what everybody has.
 Weight = Annotated[int, Meta(ge=1, le=10_000)]
-OptionValue = str | int | bool
+#: What can be stored. QEMU takes larger ones as text.
+Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+OptionValue = str | Integer | bool
 
 Accel = Literal["auto", "kvm", "tcg"]
 DiskFormat = Literal["raw", "qcow2"]
@@ -79,7 +81,7 @@ class Cpu(Document, frozen=True, kw_only=True):
 
     count: Annotated[int, Meta(ge=1, le=4096)] | None = None
     model: Word | None = None
-    features: Annotated[dict[Word, bool | int | Word], Meta(max_length=128)] = {}
+    features: Annotated[dict[Word, bool | Integer | Word], Meta(max_length=128)] = {}
     topology: Topology | None = None
 
 

@@ -34,6 +34,10 @@ GOOD: dict[str, object] = {"name": "one", "board": "toy"}
         ({"disks": [{"kind": "tape"}]}, "$.disks[0].kind"),
         ({"memory_mib": 0}, "$.memory_mib"),
         ({"memory_mib": "64"}, "$.memory_mib"),
+        ({"machine_options": {"x": -(2**63) - 1}}, "$.machine_options"),
+        ({"machine_options": {"x": 2**63}}, "$.machine_options"),
+        ({"cpu": {"features": {"x": 2**64}}}, "$.cpu.features"),
+        ({"tpm": {"version": "1.2"}}, "$.tpm.version"),
     ],
 )
 def test_what_cannot_be_right_is_refused_with_its_place_and_in_words(wrong: dict[str, object], where: str) -> None:
