@@ -7,6 +7,7 @@ it has heard that the machine arrived (and removes what is left of it here), or 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from contextlib import AsyncExitStack, suppress
@@ -112,6 +113,8 @@ class Departures:
                 await undivided(self._kept(departure, reason_of(error)), f"keep:{machine.name}")
                 raise
             carried = await self._shipped(departure, peer, link, request, report)
+            if carried is None:
+                return self._brought(departure, entry)
             outcome = await carried.reported(departure, entry)
             await self._deliveries.deliver(departure, link, peer)
         return outcome
@@ -256,8 +259,11 @@ class Departures:
 
     # Until it is given away.
 
-    async def _shipped(self, departure: Departure, peer: Peer, link: PeerDaemon, request: MigrateRequest, report: Report) -> Carried:
-        """Everything up to the commit that gives the machine away. If it fails before, the machine is here as it was."""
+    async def _shipped(self, departure: Departure, peer: Peer, link: PeerDaemon, request: MigrateRequest, report: Report) -> Carried | None:
+        """Everything up to the commit that gives the machine away. If it fails before, the machine is here as it was.
+
+        None: its guest was halfway when something failed, and has been brought through all the same, all of the way.
+        """
         machine = departure.machine
         try:
             carried = await self.carriage.carry(departure, peer, link, request, report)
@@ -265,18 +271,39 @@ class Departures:
             await self._giving.give(departure, went=carried.went, halfway=carried.halfway)
         except BaseException as error:
             undecided = departure.giving and not isinstance(error, NOT_WRITTEN)
+            through = None
             if machine.definition.given is None and not undecided:
-                await undivided(self._keep(departure, reason_of(error)), f"keep:{machine.name}")
-            raise
+                through = await undivided(self._keep(departure, reason_of(error)), f"keep:{machine.name}")
+            if through is None or not isinstance(error, QmpdError):
+                raise
+            _log.warning("a guest is brought through", extra={"machine": machine.name, "reason": error.message})
+            await asyncio.shield(through)
+            if self._ledger.get(departure.migration).phase is not Phase.MOVED:
+                raise
+            return None
         return carried
 
-    async def _keep(self, departure: Departure, reason: str) -> None:
-        """The machine stays, but for one that is halfway: of that nothing whole is left to keep, and the only way is forward."""
+    def _brought(self, departure: Departure, entry: Entry) -> MigrationReport:
+        return MigrationReport(
+            id=entry.id,
+            machine=entry.machine,
+            peer=entry.peer,
+            owner="destination",
+            owner_name=entry.peer,
+            epoch=entry.epoch,
+            postcopy=True,
+            findings=departure.findings,
+        )
+
+    async def _keep(self, departure: Departure, reason: str) -> asyncio.Task[None] | None:
+        """The machine stays, but for one that is halfway: of that nothing whole is left to keep, and the only way is forward. Who does
+        that, as a task."""
         if await self._is_halfway(departure):
-            if not self._deliveries.closing:
-                self._tasks.start(self._go_through(departure), f"through:{departure.machine.name}")
-            return
+            if self._deliveries.closing:
+                return None
+            return self._tasks.start(self._go_through(departure), f"through:{departure.machine.name}")
         await self._kept(departure, reason)
+        return None
 
     async def _go_through(self, departure: Departure) -> None:
         await self._deliveries.persist(departure, lambda: self._through(departure), "to bring its guest to its destination")

@@ -13,12 +13,14 @@ import msgspec
 import pytest
 
 from qmpd.access import OURSELVES, Caller
-from qmpd.errors import Forbidden, Held, Invalid, NotFound, WrongState
+from qmpd.errors import Forbidden, Held, Invalid, NotFound, PeerUnavailable, WrongState
 from qmpd.forwards import in_force
 from qmpd.lifecycle import State
+from qmpd.migration.delivery import Departure
 from qmpd.migration.phases import Phase
 from qmpd.migration.protocol import DiscardRequest, Handover
 from qmpd.migrationviews import DiskChoice, Goal, GoalChanges, MigrateRequest, MigrationReport
+from qmpd.peers import PeerDaemon
 from qmpd.settings import Peer
 from qmpd.spec import Forward, ImageDisk, Kernel, MachineSpec, UserNic
 from qmpd.views import JobView, MachineView, QmpRequest, StartRequest
@@ -256,6 +258,32 @@ async def test_a_guest_whose_memory_follows_it_runs_at_its_destination_meanwhile
             while (view := b.service.machine("busy")).operation is not None:
                 await asyncio.sleep(LOOK_S)
         assert view.state is State.RUNNING
+        await b.service.kill("busy")
+
+
+async def test_a_job_lasts_until_a_guest_that_was_halfway_has_been_brought_through(
+    short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pair(short_directory) as (a, b):
+        giving = a.service.migration._departures._giving
+        loaded, asked = giving.loaded, 0
+
+        async def lost_at_first(departure: Departure, link: PeerDaemon, *, halfway: bool) -> None:
+            nonlocal asked
+            asked += 1
+            if asked == 1:
+                assert halfway
+                raise PeerUnavailable("nobody answers")
+            await loaded(departure, link, halfway=halfway)
+
+        monkeypatch.setattr(giving, "loaded", lost_at_first)
+        await a.service.create(busy(short_directory), start=True)
+        goal = Goal(bandwidth_mib_s=2, downtime_ms=1, deadline_s=2.0, then="postcopy", auto_converge=False)
+        job = await ended(a, await a.service.migration.migrate("busy", MigrateRequest(peer="b", goal=goal)))
+        assert (job.state, asked) == ("succeeded", 2), job.error
+        assert msgspec.convert(job.result, MigrationReport).postcopy
+        assert known(a, "busy") is None
+        assert b.service.machine("busy").state is State.RUNNING
         await b.service.kill("busy")
 
 
