@@ -91,6 +91,13 @@ def qemus() -> list[HostProcess]:
     return [one for one in found if one is not None]
 
 
+def working_in(directory: str, program: str) -> list[HostProcess]:
+    """The processes of a program that were started in a directory."""
+    where = os.path.realpath(directory)
+    found = (process(pid) for pid in _numbers() if _name(pid) == program)
+    return [one for one in found if one is not None and one.directory == where]
+
+
 def holders(path: str) -> list[HostProcess]:
     """The other processes that have this file open."""
     mine = os.getpid()

@@ -47,6 +47,7 @@ def view_of(machine: Machine) -> MachineView:
         labels=dict(spec.labels),
         trouble=machine.trouble,
         adopted=_adopted(machine),
+        tpm_lost=machine.session.process.forsaken if machine.has_process else None,
     )
 
 

@@ -74,9 +74,9 @@ def describe(status: ExitStatus) -> str:
 class QemuProcess:
     """A process that runs, or ran. Belongs to the event loop it was made in; `close` it when it is of no interest any more.
 
-    `exit` is None while it runs. `companion` is the process beside it that was let go together with it, if any. `stderr_start` is where its
-    own standard error begins in the file it is appended to. `over` is for `asyncio.wait`, and settled when it has ended or is not watched
-    any more.
+    `exit` is None while it runs. `companion` is the process beside it that was let go together with it, if any, `forsaken` how that
+    ended before it. `stderr_start` is where its own standard error begins in the file it is appended to. `over` is for `asyncio.wait`, and
+    settled when it has ended or is not watched any more.
     """
 
     def __init__(self, identity: Identity, pidfd: int, *, stderr_start: int = 0) -> None:
@@ -84,6 +84,7 @@ class QemuProcess:
         self.stderr_start = stderr_start
         self.exit: ExitStatus | None = None
         self.companion: QemuProcess | None = None
+        self.forsaken: str | None = None
         self._pidfd = pidfd
         self._loop = asyncio.get_running_loop()
         self.over: asyncio.Future[None] = self._loop.create_future()

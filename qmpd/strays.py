@@ -12,8 +12,9 @@ from typing import Final
 
 from qmpd.commandline import fields, options
 from qmpd.facts import MachinePaths
-from qmpd.hostprocess import HostProcess, holders
+from qmpd.hostprocess import HostProcess, holders, working_in
 from qmpd.journal import timestamp
+from qmpd.process import Identity
 from qmpd.record import RECORD_NAME, Definition, LaunchRecord
 from qmpd.runlock import lock_paths
 
@@ -77,7 +78,14 @@ def _record(found: HostProcess, definition: Definition, paths: MachinePaths) -> 
         started_at=timestamp(found.started_at),
         run_dir=run_dir,
         paused=True,  # whether it was meant to run is not known, and a halted guest can be resumed
+        tpm=_tpm_of(definition, paths),
     )
+
+
+def _tpm_of(definition: Definition, paths: MachinePaths) -> Identity | None:
+    """Who is known by where it works: nobody else has a directory of a machine for its own."""
+    found = [] if definition.spec.tpm is None else working_in(paths.tpm, "swtpm")
+    return found[0].identity if len(found) == 1 else None
 
 
 def _has_socket(run_dir: str) -> bool:

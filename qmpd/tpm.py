@@ -133,7 +133,7 @@ async def accompanied(name: str, process: QemuProcess, recorded: Identity | None
     companion = process.companion
     if companion is None:
         if lost:
-            _lost(name, f"it ended while nobody looked: {lost}", publish)
+            _lost(name, process, f"it ended while nobody looked: {lost}", publish)
         yield
         return
     try:
@@ -149,10 +149,11 @@ async def _watch(name: str, process: QemuProcess, companion: QemuProcess, publis
     status = await companion.wait()
     await asyncio.wait([process.over], timeout=QEMU_END_S)
     if not process.over.done():
-        _lost(name, f"swtpm ended with {describe(status)}", publish)
+        _lost(name, process, f"swtpm ended with {describe(status)}", publish)
 
 
-def _lost(name: str, reason: str, publish: Publish) -> None:
+def _lost(name: str, process: QemuProcess, reason: str, publish: Publish) -> None:
+    process.forsaken = reason
     _log.error("a guest has lost its TPM", extra={"machine": name, "reason": reason})
     publish("machine.tpm-lost", name, {"reason": reason})
 

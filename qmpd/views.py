@@ -184,6 +184,7 @@ class MachineView(View, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
     trouble: TroubleView | None = None
     adopted: AdoptedView | None = None
+    tpm_lost: str | None = None
 
 
 class MachineList(View, frozen=True, kw_only=True):

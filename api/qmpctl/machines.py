@@ -90,6 +90,7 @@ def _facts(machine: MachineView) -> dict[str, str | None]:
         "resets": str(machine.resets) if machine.resets else None,
         "console": f"{machine.console_bytes} bytes, last: {machine.console_line}",
         "exit": None if machine.exit is None else ended(machine.exit),
+        "TPM lost": machine.tpm_lost,
         "halted by": None if machine.disk_error is None else _halted(machine.disk_error),
         "autostart": "yes" if machine.autostart else None,
         "protected": "yes" if machine.protected else None,

@@ -124,7 +124,7 @@ async def test_a_guest_whose_swtpm_died_goes_on_and_that_is_said(service: Servic
     await said(service, NAME)
     os.kill(swtpm_of(settings).pid, signal.SIGKILL)
     event = await heard(service, "machine.tpm-lost")
-    assert event.data["reason"] == "swtpm ended with SIGKILL"
+    assert event.data["reason"] == service.machine(NAME).tpm_lost == "swtpm ended with SIGKILL"
     async with asyncio.timeout(HUNG_S):
         while (await said(service, NAME)).code == WORKS:
             await asyncio.sleep(LOOK_S)
@@ -132,6 +132,20 @@ async def test_a_guest_whose_swtpm_died_goes_on_and_that_is_said(service: Servic
     await service.stop(NAME)
     await service.start(NAME, StartRequest())
     assert (await said(service, NAME)).code == WORKS
+    assert service.machine(NAME).tpm_lost is None
+
+
+async def test_a_qemu_that_is_found_without_its_record_is_found_with_its_tpm(settings: Settings, machine: MachineSpec) -> None:
+    async with running(settings, {}) as service:
+        await service.create(machine, start=True)
+        first, swtpm = await said(service, NAME), swtpm_of(settings)
+    (Path(settings.run_dir) / "m" / NAME / "launch.msgpack").unlink()
+    async with running(settings, {}) as service:
+        await service.wait(NAME, frozenset({State.RUNNING}), HUNG_S)
+        assert await said(service, NAME) == first
+        assert (swtpm_of(settings), service.machine(NAME).tpm_lost) == (swtpm, None)
+        await service.kill(NAME)
+        assert not is_alive(swtpm)
 
 
 async def test_a_tpm_outlives_the_daemon_and_ends_with_its_qemu(settings: Settings, machine: MachineSpec) -> None:
