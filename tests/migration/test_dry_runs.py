@@ -310,6 +310,7 @@ async def test_another_version_of_qemu_is_compared_by_what_it_is_made_of(short_d
         if lost:
             job = await ended(a, await a.service.migration.migrate("counter", MigrateRequest(peer="b")))
             assert "features of its processor" in str(job.error)
+            await gone(b, "counter")
         report = await tried(a, "counter", accept=lost)
         assert (report.possible, codes(report, "warning")) == (True, lost)
         moving = await moved(a, "counter", "b", accept=lost)

@@ -25,7 +25,7 @@ from qmpd.views import MachineView, QmpRequest, StartRequest
 from tests.guests.build import Guest
 from tests.machines import spec_of
 from tests.newer_qemu import given, skip_with_start_script
-from tests.qemu.byhand import PATIENCE_S, client, listening, started
+from tests.qemu.byhand import PATIENCE_S, client, listening, started, there
 
 MIB = 1024 * 1024
 
@@ -188,6 +188,7 @@ async def test_a_qemu_without_a_usable_monitor_is_left_alone(
     service: Service, guest: Guest, place: Path, monitor: tuple[str, ...], message: str
 ) -> None:
     with started(place, guest, *monitor) as hand:
+        await there(place / "serial.txt")  # an emulator may be a script at first
         with pytest.raises(NotAdoptable, match=message):
             await service.rescue.adopt(AdoptRequest(pid=hand.pid))
         assert hand.poll() is None
