@@ -320,7 +320,7 @@ class Service:
         """Passes a QMP command through, if this caller may."""
         machine = self._registry.get(name)
         if not only_reads(request.execute):
-            _check_stays(machine)
+            _check_stays(machine, "copy")
             _check_begun(machine)
         known = msgspec.structs.replace(caller, unrestricted=caller.user is not None and caller.user in self._settings.qmp_users)
         return await operating.pass_through(machine, request, known)
@@ -392,7 +392,7 @@ def _check_begun(machine: Machine) -> None:
         raise MonitorUnavailable(f"machine {machine.name!r} is {machine.state}: until that is over its QEMU is asked questions only")
 
 
-def _check_stays(machine: Machine) -> None:
-    """Raises Held while a machine is on its way between two hosts."""
-    if machine.operation == "migrate":
-        raise Held(f"machine {machine.name!r} is held by 'migrate'", holder="migrate", state=str(machine.state))
+def _check_stays(machine: Machine, *others: str) -> None:
+    """Raises Held while a machine is on its way between two hosts, or one of the `others` holds it."""
+    if (holder := machine.operation) in {"migrate", *others} and holder is not None:
+        raise Held(f"machine {machine.name!r} is held by {holder!r}", holder=holder, state=str(machine.state))

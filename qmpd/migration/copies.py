@@ -191,6 +191,11 @@ class Copies:
         if found.phase in OWNED:
             raise WrongState(f"{entry.peer} answers, and has the copy", state=str(found.phase), allowed=[str(Phase.LOADED)])
 
+    def beginning(self) -> tuple[str, ...]:
+        """The jobs of copies that may still be given up."""
+        found = [one for one in self._under_way.values() if self._ledger.get(one.migration).phase in KEEPABLE]
+        return tuple(one.job for one in found if one.job is not None)
+
     # After a restart of the daemon.
 
     def restore(self) -> None:

@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from typing import Final
 
 from qmpd.access import Caller
-from qmpd.errors import GoingDown, Held, NotFound, Problem, WrongState, invalid
+from qmpd.errors import GoingDown, Held, NotFound, Problem, QmpdError, WrongState, invalid
 from qmpd.jobs import Jobs
 from qmpd.journal import Journal
 from qmpd.machine import Machine, Publish
@@ -225,8 +225,11 @@ class Migration:
     async def turned_away(self) -> None:
         """The host goes down: what has not arrived is discarded, so that its source keeps it, or takes it back.
 
-        In postcopy the guest may be here in part, and nowhere as a whole: it is let come.
+        In postcopy the guest may be here in part, and nowhere as a whole: it is let come. Copies are given up: they hold machines.
         """
+        for job in self._copies.beginning():
+            with suppress(QmpdError):  # it has ended, or was decided meanwhile
+                await self._jobs.cancel(job)
         coming = [entry for entry in self._ledger.unsettled("destination") if entry.phase in UNOWNED and not entry.offer.postcopy]
         reason = "the host of the destination goes down"
         ending = [self._tasks.start(self._arrivals.discard(one.peer, one.id, reason), f"turn-away:{one.machine}") for one in coming]

@@ -11,6 +11,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Final
 
 import msgspec
@@ -40,7 +41,8 @@ mount -t devtmpfs dev /dev
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 for module in {modules}; do insmod /modules/$module.ko; done
-until [ -b /dev/sda ]; do sleep 0.1; done
+IFS=:
+for disk in ${{disks:-sda}}; do until [ -b /dev/$disk ]; do sleep 0.1; done; done
 printf 'BM-OK linux-blocks\\n'
 while :; do dd if=/dev/urandom of=/churn bs=64k count={churn} 2>/dev/null; done &
 number=1
@@ -50,7 +52,9 @@ while :; do
     four=$line$line$line$line
     sixteen=$four$four$four$four
     place=$(( {start} + (number - 1) % {ring} ))
-    until printf '%s' "$sixteen$sixteen" | dd of=/dev/sda bs={sector} seek=$place conv=notrunc,fsync 2>/dev/null; do printf '!'; done
+    for disk in ${{disks:-sda}}; do
+        until printf '%s' "$sixteen$sixteen" | dd of=/dev/$disk bs={sector} seek=$place conv=notrunc,fsync 2>/dev/null; do printf '!'; done
+    done
     printf 'BLOCK %08d\\n' $number
     number=$((number + 1))
 done
@@ -78,12 +82,15 @@ def initramfs(directory: Path) -> Path:
     return path
 
 
-def linux_spec(directory: Path, disk: Path, name: str) -> MachineSpec:
-    """A machine that runs it, with a disk that is made empty."""
-    with disk.open("wb") as image:
-        image.truncate(DISK_MIB << 20)
-    kernel = Kernel(image=str(IMAGES / "linux"), initrd=str(initramfs(directory)), append=APPEND)
-    disks: tuple[Disk, ...] = (ImageDisk(path=str(disk), format="raw", bus="usb", read_only=False),)
+def linux_spec(directory: Path, disk: Path, name: str, *more: Path) -> MachineSpec:
+    """A machine that runs it, with a disk that is made empty; with `more` it writes each block to one after the other."""
+    paths = (disk, *more)
+    for path in paths:
+        with path.open("wb") as image:
+            image.truncate(DISK_MIB << 20)
+    names = ":".join(f"sd{letter}" for _, letter in zip(paths, ascii_lowercase, strict=False))
+    kernel = Kernel(image=str(IMAGES / "linux"), initrd=str(initramfs(directory)), append=f"{APPEND} disks={names}")
+    disks: tuple[Disk, ...] = tuple(ImageDisk(path=str(path), format="raw", bus="usb", read_only=False) for path in paths)
     return MachineSpec(name=name, board="x86_64-q35", accel="tcg", memory_mib=MEMORY_MIB, kernel=kernel, disks=disks)
 
 
