@@ -65,7 +65,8 @@ class AcceleratorFacts(Facts, frozen=True, kw_only=True):
 
 
 class FileFacts(Facts, frozen=True, kw_only=True):
-    """What a path leads to. `magic` names a recognised image header (`qcow2`, `vmdk`, …), whatever the caller says it is."""
+    """What a path leads to. `magic` names a recognised image header (`qcow2`, `vmdk`, …), whatever the caller says it is. `backing` is the
+    file that an image says it was made upon, where that is all that `refusal` is about: a definition that names it may use the image."""
 
     kind: Literal["file", "directory", "missing", "special", "denied"]
     size: int = 0
@@ -74,6 +75,7 @@ class FileFacts(Facts, frozen=True, kw_only=True):
     real_path: str = ""
     magic: str | None = None
     refusal: str | None = None
+    backing: str | None = None
 
 
 class MachinePaths(Facts, frozen=True, kw_only=True):

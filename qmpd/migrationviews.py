@@ -49,12 +49,14 @@ class GoalChanges(Request, frozen=True, kw_only=True):
 
 class DiskChoice(Request, frozen=True, kw_only=True):
     """How disk number `disk` of the definition moves: `shared` is at the same path on both hosts, `copy` is copied while the guest runs,
-    to `path` (default: the same) as `format` (default: the same)."""
+    to `path` (default: the same) as `format` (default: the same). Of one that lies upon a base, only what is above that is copied if the
+    destination has the same file at `base` (default: the same path)."""
 
     disk: Annotated[int, Meta(ge=0, lt=MAX_DISKS)]
     how: Literal["shared", "copy"]
     path: Path | None = None
     format: DiskFormat | None = None
+    base: Path | None = None
 
 
 class CopyRequest(Request, frozen=True, kw_only=True):
@@ -200,12 +202,14 @@ class MigrationProgress(View, frozen=True, kw_only=True):
 
 
 class MovedDisk(View, frozen=True, kw_only=True):
-    """What became of a disk: `copied` with the bytes that went over the network, or `shared` and handed over."""
+    """What became of a disk: `copied` with the bytes that went over the network, or `shared` and handed over. `base`: what is below it was
+    at the destination, and was not sent."""
 
     disk: int
     how: Literal["shared", "copied"]
     path: str
     bytes: int = 0
+    base: str | None = None
 
 
 class MigrationReport(View, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +15,7 @@ from qmpd.facts import FileFacts, MachinePaths, World
 from qmpd.launching import Launch
 from qmpd.plan import plan, resolve
 from qmpd.registry import Registry
-from qmpd.spec import Limits, MachineSpec, PflashFirmware
+from qmpd.spec import ImageDisk, Limits, MachineSpec, PflashFirmware
 from qmpd.validation import problems
 from qmpd.validation.limits import limits
 from qmpd.validation.subject import Subject
@@ -22,6 +23,19 @@ from qmpd.worlds import Worlds
 
 #: A file that QEMU can use.
 _PRESENT: Final = FileFacts(kind="file", readable=True, writable=True)
+
+
+def _images(spec: MachineSpec, files: Mapping[str, FileFacts]) -> dict[str, FileFacts]:
+    """What the images of a definition will be that are not there yet."""
+    return {
+        disk.path: msgspec.structs.replace(
+            _PRESENT,
+            magic=disk.format if disk.format == "qcow2" else None,
+            backing=(files.get(disk.base.path, _PRESENT).real_path or disk.base.path) if disk.base is not None else None,
+        )
+        for disk in spec.disks
+        if isinstance(disk, ImageDisk)
+    }
 
 
 class Planning:
@@ -46,7 +60,9 @@ class Planning:
             place.variables in coming or await asyncio.to_thread(Path(place.variables).exists)
         ):
             present.append(spec.firmware.vars)
-        return self._planned(spec, named, msgspec.structs.replace(world, files=world.files | dict.fromkeys(present, _PRESENT)))
+        images = _images(spec, world.files)
+        there = {path: images.get(path, _PRESENT) for path in present}
+        return self._planned(spec, named, msgspec.structs.replace(world, files=world.files | there))
 
     async def limits_unkept(self, spec: MachineSpec) -> dict[str, str]:
         """Why this host cannot hold a machine to each of its limits that it cannot hold it to; `""`: to none of them.

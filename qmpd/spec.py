@@ -120,11 +120,19 @@ class Kernel(Document, frozen=True, kw_only=True):
     console: bool = True
 
 
-class ImageDisk(Document, frozen=True, kw_only=True, tag_field="kind", tag="image"):
-    """A disk backed by an existing image file. The format is stated, never guessed."""
+class BaseImage(Document, frozen=True, kw_only=True):
+    """What lies below an image that holds only what was written since (an overlay). It is only read, by any number of machines."""
 
     path: Path
     format: DiskFormat
+
+
+class ImageDisk(Document, frozen=True, kw_only=True, tag_field="kind", tag="image"):
+    """A disk backed by an existing image file. The format is stated, never guessed; `base` is what a qcow2 image was made upon."""
+
+    path: Path
+    format: DiskFormat
+    base: BaseImage | None = None
     bus: Word | None = None
     media: Literal["disk", "cdrom"] = "disk"
     read_only: bool = False

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -43,18 +44,28 @@ UNFINISHED: Final = ".unfinished"
 SHOWN_NAMES: Final = 5
 #: qcow2 header (docs/interop/qcow2.txt): offsets of backing_file_offset, size, crypt_method and incompatible_features.
 BACKING_OFFSET: Final = 8
+BACKING_LENGTH: Final = 16
 VIRTUAL_SIZE: Final = 24
 CRYPT_METHOD: Final = 32
 INCOMPATIBLE: Final = 72
 EXTERNAL_DATA: Final = 1 << 2
 CORRUPT: Final = 1 << 1
 
+_BACKED: Final = (
+    "the image refers to a backing file, which could be any file of this host: name it as the disk's base, or flatten the image with "
+    "qemu-img convert"
+)
+#: As QEMU tells a protocol from a path (block.c).
+_PROTOCOL: Final = re.compile(r"[^/]*:")
+
 _log = logging.getLogger(__name__)
 
 
 def paths_of(spec: MachineSpec) -> tuple[str, ...]:
     """Every path a definition names."""
-    found: list[str | None] = [disk.path for disk in spec.disks if isinstance(disk, ImageDisk)]
+    images = [disk for disk in spec.disks if isinstance(disk, ImageDisk)]
+    found: list[str | None] = [disk.path for disk in images]
+    found += [disk.base.path for disk in images if disk.base is not None]
     if spec.kernel is not None:
         found += [spec.kernel.image, spec.kernel.initrd, spec.kernel.dtb]
     if isinstance(spec.firmware, BiosFirmware):
@@ -88,6 +99,8 @@ def _examine(path: str, pools: Sequence[str], roots: Sequence[str]) -> FileFacts
         return FileFacts(kind="special", real_path=real)
     readable = os.access(real, os.R_OK)
     header = _header(real) if readable else b""
+    refusal = _refusal(header)
+    named = backing_name(header) if refusal is None else None
     return FileFacts(
         kind="file",
         size=status.st_size,
@@ -95,8 +108,15 @@ def _examine(path: str, pools: Sequence[str], roots: Sequence[str]) -> FileFacts
         writable=os.access(real, os.W_OK),
         real_path=real,
         magic=next((name for magic, name in MAGICS.items() if header.startswith(magic)), None),
-        refusal=_refusal(header),
+        refusal=refusal if named is None else _BACKED,
+        backing=_resolved(path, named) if named else None,
     )
+
+
+def _resolved(path: str, named: str) -> str | None:
+    """Where the name of a base leads to from an image; None where that could not be said to anybody."""
+    backing = os.path.realpath(Path(path).parent / named)
+    return backing if backing.isprintable() else None
 
 
 def _header(path: str) -> bytes:
@@ -119,13 +139,17 @@ def guest_bytes(path: str, image_format: str) -> int:
     return Path(path).stat().st_size
 
 
+def backing_at(image: str, path: str) -> str | None:
+    """Where what an image says it was made upon would lead, were the image at `path`. None: nowhere. Blocks."""
+    named = backing_name(_header(image))
+    return _resolved(path, named) if named else None
+
+
 def _refusal(header: bytes) -> str | None:
-    """Why a qcow2 image cannot be used: everything in it that would make QEMU open another file, or a repair be due."""
+    """Why a qcow2 image cannot be used: everything in it that would make QEMU open another file but for its base, or a repair be due."""
     if not header.startswith(QCOW2):
         return None
     header = header.ljust(HEADER_BYTES, b"\0")  # QEMU reads zeros behind the end of a file, and takes a header that is cut off
-    if int.from_bytes(header[BACKING_OFFSET : BACKING_OFFSET + 8], "big"):
-        return "the image refers to a backing file, which could be any file of this host; flatten it with qemu-img convert"
     if int.from_bytes(header[CRYPT_METHOD : CRYPT_METHOD + 4], "big"):
         return "the image is encrypted, and qmpd has no key for it"
     version = int.from_bytes(header[4:8], "big")
@@ -135,6 +159,20 @@ def _refusal(header: bytes) -> str | None:
     if features & CORRUPT:
         return "the image is marked corrupt; look at it with qemu-img check"
     return None
+
+
+def backing_name(header: bytes) -> str | None:
+    """What a qcow2 header says the image was made upon; `""` for what is no plain path. None: upon nothing."""
+    if not header.startswith(QCOW2):
+        return None
+    header = header.ljust(HEADER_BYTES, b"\0")
+    start = int.from_bytes(header[BACKING_OFFSET : BACKING_OFFSET + 8], "big")
+    length = int.from_bytes(header[BACKING_LENGTH : BACKING_LENGTH + 4], "big")
+    if start == 0:
+        return None
+    name = os.fsdecode(header[start : start + length])
+    plain = length > 0 and start + length <= HEADER_BYTES and name.isprintable() and not _PROTOCOL.match(name)
+    return name if plain else ""
 
 
 async def make(blank: Sequence[BlankImage], copies: Sequence[Copy]) -> None:
@@ -190,7 +228,8 @@ def replace(image: BlankImage) -> None:
             with temporary.open("wb") as file:
                 file.truncate(image.size_bytes)
         else:
-            _qemu_img("create", "-q", "-f", image.format, str(temporary), str(image.size_bytes))
+            below = () if image.base is None else ("-b", image.base.path, "-F", image.base.format)
+            _qemu_img("create", "-q", "-f", image.format, *below, str(temporary), str(image.size_bytes))
 
 
 def _make_image(image: BlankImage) -> None:

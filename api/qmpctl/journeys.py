@@ -45,7 +45,8 @@ def report_lines(report: MigrationReport) -> Iterator[str]:
     else:
         yield f"{report.machine}: nobody can say who owns it: {report.reason or 'no reason is known'}"
     for disk in report.disks:
-        yield f"  disk {disk.disk}: {disk.how}, {disk.path}" + (f", {amount(disk.bytes)}" if disk.bytes else "")
+        upon = f" upon {disk.base}" if disk.base is not None else ""
+        yield f"  disk {disk.disk}: {disk.how}, {disk.path}{upon}" + (f", {amount(disk.bytes)}" if disk.bytes else "")
     for tuning in report.tuned:
         yield f"  {tuning_line(tuning)}"
     yield from finding_lines(report.findings)

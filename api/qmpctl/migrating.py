@@ -84,8 +84,8 @@ def _disk(text: str) -> dict[str, object]:
     how, *settings = text.split(",")
     number, equals, way = how.partition("=")
     pairs = dict(setting.split("=", 1) for setting in settings if "=" in setting)
-    if not number.isdigit() or not equals or len(pairs) != len(settings) or not pairs.keys() <= {"path", "format"}:
-        raise click.UsageError(f"--disk {text!r} is not N=copy or N=shared, with path=… and format=… after commas")
+    if not number.isdigit() or not equals or len(pairs) != len(settings) or not pairs.keys() <= {"path", "format", "base"}:
+        raise click.UsageError(f"--disk {text!r} is not N=copy or N=shared, with path=…, format=… and base=… after commas")
     return {"disk": int(number), "how": way, **pairs}
 
 
@@ -100,7 +100,9 @@ def _disk(text: str) -> dict[str, object]:
 @click.option("--tunnel", is_flag=True, help="Everything through the API's port: slower, where no other is open.")
 @click.option("--copy-storage", is_flag=True, help="Copy the disks, whatever is at the destination.")
 @click.option("--shared-storage", is_flag=True, help="Both hosts see the disks at the same paths.")
-@click.option("--disk", "disks", multiple=True, metavar="N=HOW", help="One disk: 0=copy,path=/pool/x.qcow2,format=qcow2; may be repeated.")
+@click.option(
+    "--disk", "disks", multiple=True, metavar="N=HOW", help="One disk: 0=copy,path=/srv/x.qcow2,base=/srv/b.raw; may be repeated."
+)
 @click.option("--accept", multiple=True, metavar="CODE", help="A finding that shall not prevent it; may be repeated.")
 @click.option("--detach", is_flag=True, help="Do not wait: print the job.")
 def migrate_command(name: str, detach: bool, **wishes: Any) -> int:

@@ -46,18 +46,21 @@ class FullConsole(msgspec.Struct, frozen=True, kw_only=True):
 def of_files(spec: MachineSpec, paths: MachinePaths, settings: Settings) -> Iterator[Question]:
     """The files a definition names, and the disks that were made for it; each answer is a FileSeen."""
     written = {disk.path for disk in spec.disks if isinstance(disk, ImageDisk) and not disk.read_only and disk.media == "disk"}
+    based = {disk.path for disk in spec.disks if isinstance(disk, ImageDisk) and disk.base is not None}
     for path in paths_of(spec):
         role = "disk" if any(isinstance(disk, ImageDisk) and disk.path == path for disk in spec.disks) else "file"
-        yield _file(spec.name, role, path, settings.pools, written_to=path in written)
+        yield _file(spec.name, role, path, settings.pools, written_to=path in written, based=path in based)
     for index, disk in enumerate(spec.disks):
         if isinstance(disk, BlankDisk):
             # Made by this daemon in its own directory: no pool has to allow it.
             yield _file(spec.name, "disk", paths.disk(index, disk.format), (ROOT,), written_to=True)
 
 
-def _file(machine: str, role: str, path: str, pools: tuple[str, ...], *, written_to: bool) -> Question:
+def _file(machine: str, role: str, path: str, pools: tuple[str, ...], *, written_to: bool, based: bool = False) -> Question:
     def seen(answer: object) -> list[FileSeen]:
         found = answer if isinstance(answer, FileFacts | Silence) else FileFacts(kind="denied")
+        if based and isinstance(found, FileFacts) and found.backing is not None:
+            found = msgspec.structs.replace(found, refusal=None)
         return [FileSeen(machine=machine, role=role, path=path, written_to=written_to, found=found)]
 
     return Question(look=Look(path=path, work=lambda: examine([path], pools)[path]), seen=seen)

@@ -164,7 +164,11 @@ class _Files:
         sent = self._consignment.sent
         disks = [
             MovedDisk(
-                disk=disk.index, how="copied" if disk.how == "copy" else "shared", path=disk.path, bytes=sent.get(f"disk-{disk.index}", 0)
+                disk=disk.index,
+                how="copied" if disk.how == "copy" else "shared",
+                path=disk.path,
+                bytes=sent.get(f"disk-{disk.index}", 0),
+                base=disk.base,
             )
             for disk in self._accepted.disks
         ]

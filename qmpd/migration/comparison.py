@@ -8,7 +8,7 @@ from typing import Final, TypeAlias
 import msgspec
 
 from qmpd.migration.discrepancy import discrepancies, found
-from qmpd.migration.likeness import DestinationFacts, FirmwareFile, MachineFacts, Obstacle, SourceDisk, SourceFacts, TargetDisk
+from qmpd.migration.likeness import BaseThere, DestinationFacts, FirmwareFile, MachineFacts, Obstacle, SourceDisk, SourceFacts, TargetDisk
 from qmpd.migrationviews import MigrationFinding, Severity
 
 MIB: Final = 1024 * 1024
@@ -187,6 +187,8 @@ def _disks(departure: MachineFacts, arrival: DestinationFacts) -> Iterator[Migra
             yield found("error", "disk-refused", f"the destination may not use {other.path}: {other.refusal}", path=path, mend=mend)
         else:
             yield from _shared(disk, other, path) if disk.how == "shared" else _copied(disk, other, path)
+            if other.base is not None:
+                yield from _base(disk, other.base, path, whole=disk.how == "copy" and isinstance(departure, SourceFacts))
 
 
 def _shared(here: SourceDisk, there: TargetDisk, path: str) -> Iterator[MigrationFinding]:
@@ -218,6 +220,22 @@ def _copied(here: SourceDisk, there: TargetDisk, path: str) -> Iterator[Migratio
     if there.free_bytes is not None and there.free_bytes < there.needed_bytes:
         message = f"{there.path} needs {there.needed_bytes // MIB} MiB, and {there.free_bytes // MIB} MiB are free there"
         yield found("error", "no-space", message, path=path, mend="make room, or say another target path")
+
+
+def _base(here: SourceDisk, there: BaseThere, path: str, *, whole: bool) -> Iterator[MigrationFinding]:
+    above = f"{here.used_bytes / MIB:.1f} MiB"
+    if there.same and here.how == "copy":
+        yield found("info", "base-same", f"{there.path} is the same at the destination: {above} that lie upon it are sent", path=path)
+    if there.same:
+        return
+    other = f"{there.path} at the destination is not what this disk lies upon ({there.why})"
+    if whole:
+        message = f"{other}: all of the disk is sent, {(here.used_bytes + here.base_bytes) / MIB:.1f} MiB"
+        mend = f"put the source's file there, or say where it is (--disk {here.index}=copy,base=PATH): then {above} are sent"
+        yield found("warning", "base-differs", message, path=path, mend=mend)
+    else:
+        mend = "put the source's file there; of a machine that runs, all of a disk can be copied (--copy-storage)"
+        yield found("error", "base-differs", other, path=path, mend=mend)
 
 
 def _ports(departure: MachineFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:

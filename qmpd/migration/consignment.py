@@ -23,8 +23,9 @@ from qmpd.migration.items import Target, log_item, targets
 from qmpd.migration.parcels import ItemStanding, Parcel
 from qmpd.migration.protocol import DiskOffer
 from qmpd.peers import PeerDaemon
-from qmpd.spec import MachineSpec
-from qmpd.storage import guest_bytes
+from qmpd.plan.disks import base_of
+from qmpd.spec import ImageDisk, MachineSpec
+from qmpd.storage import backing_at, guest_bytes
 from qmpd.tasks import alongside
 from qmpd.views import Progress
 
@@ -36,11 +37,28 @@ _log = logging.getLogger(__name__)
 
 
 def check_formats(spec: MachineSpec, disks: Iterable[DiskOffer]) -> None:
-    """Raises CannotMove where a disk is to be another one's format: nobody rewrites a file that is sent as it is."""
+    """Raises CannotMove where a disk is to be another one's format, or upon another base: nobody rewrites a file that is sent as it is."""
     for disk in disks:
+        base = base_of(spec.disks[disk.index])
+        if disk.base is not None and base is not None and disk.base.path != base.path:
+            message = (
+                f"disk {disk.index} of a machine at rest is sent as it is, and lies upon {base.path} everywhere: not upon {disk.base.path}"
+            )
+            raise CannotMove(message)
         if disk.format not in {None, spec.disks[disk.index].format}:
             message = f"disk {disk.index} of a machine at rest is sent as it is, in the format that it has: not as {disk.format}"
             raise CannotMove(message)
+
+
+def check_bases(spec: MachineSpec, disks: Iterable[DiskOffer]) -> None:
+    """Raises CannotMove where an image would not say any more upon what it lies, once it is in another directory. Blocks."""
+    for wanted in disks:
+        disk = spec.disks[wanted.index]
+        if not isinstance(disk, ImageDisk) or disk.base is None or wanted.path is None:
+            continue
+        if backing_at(disk.path, wanted.path) != os.path.realpath(disk.base.path):
+            message = f"{disk.path} names what it lies upon relative to its own directory, and is to be in another one there"
+            raise CannotMove(f"{message}: name it in full first (qemu-img rebase -u -b {disk.base.path} -F {disk.base.format})")
 
 
 def sizes_at_rest(spec: MachineSpec, paths: Iterable[str]) -> dict[str, tuple[int, int]]:

@@ -12,13 +12,14 @@ from typing import Final, TypeVar
 import msgspec
 
 from qmpd import power
-from qmpd.errors import CannotMove, MigrationFailed, PeerError, PeerRefused, QmpdError
+from qmpd.errors import CannotMove, MigrationFailed, NotYet, PeerError, PeerRefused, QmpdError
 from qmpd.failpoint import passing
 from qmpd.journal import Journal
 from qmpd.machine import Machine, Publish
 from qmpd.migration.addresses import Address, TcpAddress
 from qmpd.migration.belongings import REST_LIMIT_S, Belongings, bare_ends
 from qmpd.migration.discrepancy import found
+from qmpd.migration.fileitems import DIGEST_LIMIT_S
 from qmpd.migration.following import follow
 from qmpd.migration.items import Target
 from qmpd.migration.ledger import Ledger
@@ -261,19 +262,22 @@ async def asked(question: Callable[[], Awaitable[T]]) -> T:
 
 
 async def insisted(question: Callable[[], Awaitable[T]]) -> T:
-    """The answer of a peer that is to get ready for a machine, or to try one. An answer that was lost is asked for again.
+    """The answer of a peer that is to get ready for a machine, or to try one. An answer that was lost is asked for again,
+    and one that takes long (`not_yet`) for as long as it does.
 
     Raises:
         CannotMove: it refuses.
         PeerError: it does not answer.
     """
     loop = asyncio.get_running_loop()
-    until = loop.time() + OFFER_DEADLINE_S
+    until, at_last = loop.time() + OFFER_DEADLINE_S, loop.time() + DIGEST_LIMIT_S
     while True:
         try:
             return await asked(question)
         except PeerRefused as error:
-            if code_of(error) not in _LATER or loop.time() > until:
+            if code_of(error) == NotYet.code and loop.time() < at_last:
+                until = loop.time() + OFFER_DEADLINE_S
+            elif code_of(error) not in _LATER or loop.time() > until:
                 raise _refusal(error) from error
         except PeerError:
             if loop.time() > until:

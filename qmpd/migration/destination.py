@@ -20,6 +20,7 @@ from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Publish
 from qmpd.migration.admission import Admissions
 from qmpd.migration.arrival import ANSWER_S, Arrival, Endings, last_words
+from qmpd.migration.bases import Bases
 from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.persistence import persist
 from qmpd.migration.phases import UNOWNED, Phase, Step
@@ -54,6 +55,7 @@ class Arrivals:
         ledger: Ledger,
         planning: Planning,
         premises: Premises,
+        bases: Bases,
         reception: Reception,
         admissions: Admissions,
         peering: Peering,
@@ -82,6 +84,7 @@ class Arrivals:
             ledger=ledger,
             planning=planning,
             premises=premises,
+            bases=bases,
             reception=reception,
             admissions=admissions,
             endings=self._endings,

@@ -24,15 +24,16 @@ from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine
 from qmpd.migration import relocation
 from qmpd.migration.bitmaps import bitmaps
+from qmpd.migration.extents import allocated
 from qmpd.migration.media import Medium, media
 from qmpd.migration.progress import DiskProgress
 from qmpd.migration.qemu import run_state
 from qmpd.migrationviews import DiskMoved, MoveDiskRequest
 from qmpd.plan import BlankImage
-from qmpd.plan.disks import disk_path, is_read_only
+from qmpd.plan.disks import base_node, base_of, disk_path, is_read_only
 from qmpd.record import write_record
 from qmpd.registry import Registry
-from qmpd.spec import BlankDisk, DiskFormat, ImageDisk, MachineSpec
+from qmpd.spec import BaseImage, BlankDisk, DiskFormat, ImageDisk, MachineSpec
 from qmpd.storage import examine, make
 from qmpd.store import Store, Unknown
 from qmpd.tasks import Tasks, undivided
@@ -116,7 +117,10 @@ class DiskMoves:
             raise CannotMove(
                 f"disk {index} has bitmaps that would be lost ({noted[0].name}): remove them first (block-dirty-bitmap-remove)"
             )
-        await asyncio.to_thread(self._check_target, request.path, medium)
+        needed = medium.used_bytes
+        if (base := base_of(disk)) is not None and (request.format or disk.format) != "qcow2":
+            needed += await asyncio.to_thread(allocated, base.path)
+        await asyncio.to_thread(self._check_target, request.path, needed)
         move = DiskMove(
             machine=machine.name,
             uuid=definition.uuid,
@@ -129,14 +133,14 @@ class DiskMoves:
         )
         return move, medium
 
-    def _check_target(self, path: str, medium: Medium) -> None:
+    def _check_target(self, path: str, needed: int) -> None:
         found = examine([path], self._pools)[path]
         if found.kind == "missing":
             room = _room(path)
             if room is None:
                 raise invalid([Problem(path="$.path", message="the directory does not exist")])
-            if room < medium.used_bytes:
-                raise NoSpace(f"{path}: {medium.used_bytes} bytes are needed, and {room} are free")
+            if room < needed:
+                raise NoSpace(f"{path}: {needed} bytes are needed, and {room} are free")
         elif found.kind == "file":
             raise AlreadyExists(f"{path} exists already", path=path)
         else:
@@ -148,15 +152,16 @@ class DiskMoves:
             move, medium = await self._begun(machine, index, request)
             await self._note(move, move)
             try:
-                move = await undivided(self._made(move, medium), f"make-disk:{machine.name}")
+                move = await undivided(self._made(move, medium, machine.definition.spec), f"make-disk:{machine.name}")
                 await self._relocated(machine, move, medium, request, report)
             finally:
                 # Whatever became of it: QEMU is asked. A daemon that ends leaves it to the next one.
                 await self._settled(machine, move)
             return DiskMoved(machine=machine.name, disk=index, path=move.path, format=move.format, bytes=medium.virtual_bytes)
 
-    async def _made(self, move: DiskMove, medium: Medium) -> DiskMove:
-        await make((BlankImage(path=move.path, format=move.format, size_bytes=medium.virtual_bytes),), ())
+    async def _made(self, move: DiskMove, medium: Medium, spec: MachineSpec) -> DiskMove:
+        base = _base(move, spec)
+        await make((BlankImage(path=move.path, format=move.format, size_bytes=medium.virtual_bytes, base=base),), ())
         move = msgspec.structs.replace(move, made=await asyncio.to_thread(_mark, move.path))
         await self._note(move, move)
         return move
@@ -174,7 +179,16 @@ class DiskMoves:
 
         bytes_s = request.bandwidth_mib_s * MIB if request.bandwidth_mib_s is not None else None
         target = _node(move, machine.definition.spec)
-        await relocation.relocate(machine.session, medium.node, target, progressed, halting=halting, changed=changed, bytes_per_s=bytes_s)
+        await relocation.relocate(
+            machine.session,
+            medium.node,
+            target,
+            progressed,
+            halting=halting,
+            changed=changed,
+            bytes_per_s=bytes_s,
+            top=_base(move, machine.definition.spec) is not None,
+        )
 
     async def _follow(self, machine: Machine, move: DiskMove) -> None:
         """Has the definition name the new image. However long that takes: the guest must not write to it before."""
@@ -184,7 +198,13 @@ class DiskMoves:
             if isinstance(disk, ImageDisk) and disk.path == move.path:
                 break
             moved = ImageDisk(
-                path=move.path, format=move.format, bus=disk.bus, serial=disk.serial, discard=disk.discard, on_error=disk.on_error
+                path=move.path,
+                format=move.format,
+                base=_base(move, spec),
+                bus=disk.bus,
+                serial=disk.serial,
+                discard=disk.discard,
+                on_error=disk.on_error,
             )
             disks = (*spec.disks[: move.index], moved, *spec.disks[move.index + 1 :])
             try:
@@ -251,7 +271,14 @@ def _node(move: DiskMove, spec: MachineSpec) -> dict[str, object]:
     node: dict[str, object] = {"driver": move.format, "node-name": move.target, "file": file}
     if spec.disks[move.index].discard:
         node["discard"] = file["discard"] = "unmap"
+    if (base := _base(move, spec)) is not None:
+        node["backing"] = base_node(base)
     return node
+
+
+def _base(move: DiskMove, spec: MachineSpec) -> BaseImage | None:
+    """What the new image lies upon: the same as the old one, and nothing where its format cannot."""
+    return base_of(spec.disks[move.index]) if move.format == "qcow2" else None
 
 
 def _room(path: str) -> int | None:

@@ -12,8 +12,9 @@ import msgspec
 from qmpd.errors import CannotMove, Problem, invalid
 from qmpd.facts import MachinePaths
 from qmpd.journal import timestamp, utc_now
+from qmpd.lifecycle import AT_REST
 from qmpd.machine import Machine
-from qmpd.migration.consignment import check_formats, packed
+from qmpd.migration.consignment import check_bases, check_formats, packed
 from qmpd.migration.identity import renewed
 from qmpd.migration.protocol import VERSION, DiskOffer, Offer, Original
 from qmpd.migration.shipping import Shipping
@@ -70,6 +71,8 @@ class Duplicates:
         spec = definition.spec
         disks = tuple(_copied(disk, spec) for disk in await self._shipping.disks(machine, request))
         check_formats(spec, disks)
+        if machine.state in AT_REST:  # of one that lives, images are made that name their base in full
+            await asyncio.to_thread(check_bases, spec, disks)
         shared = [disk.index for disk in disks if disk.how == "shared"]
         moment, uuid = timestamp(utc_now()), str(uuid4())
         return Offer(

@@ -17,6 +17,7 @@ _OWN: Final = ("mac=", "uuid=")
 #: Findings whose way out is another one where the machine stays.
 _MENDS: Final = {
     "name-taken": "give the copy another name (--as NAME)",
+    "base-differs": "put the source's file there: a copy is sent as files, which lie upon the same path everywhere",
     "disk-is-shared": "name another path for the copy's disk (--disk N=copy,path=...)",
     "disk-target-exists": "name another path for the copy's disk (--disk N=copy,path=...), or remove what is there",
 }

@@ -104,18 +104,29 @@ class HostPort(Part, frozen=True, kw_only=True):
 
 
 class SourceDisk(Part, frozen=True, kw_only=True):
-    """A disk at the source, and how it is to go; `bytes` is what the guest sees."""
+    """A disk at the source, and how it is to go; `bytes` is what the guest sees, `used_bytes` what its image has, and `base_bytes`
+    what is in that which it lies upon."""
 
     index: int
     how: Literal["shared", "copy"]
     format: str
     bytes: int
+    used_bytes: int = 0
+    base_bytes: int = 0
+
+
+class BaseThere(Part, frozen=True, kw_only=True):
+    """What is at the destination in place of what a disk lies upon: the `same`, or `why` not."""
+
+    path: str
+    same: bool
+    why: str = ""
 
 
 class TargetDisk(Part, frozen=True, kw_only=True):
     """What is at the destination where a disk is to be. `how` is what the destination made of the source's wish. `same` says whether it is
     the source's file: None if nobody can tell. `refusal`: why this daemon may not use the path. `needed_bytes` (of all disks that go there)
-    and `free_bytes` are of the file system it goes to."""
+    and `free_bytes` are of the file system it goes to. `base` is there for a disk that lies upon one."""
 
     index: int
     path: str
@@ -127,6 +138,12 @@ class TargetDisk(Part, frozen=True, kw_only=True):
     format: str | None = None
     needed_bytes: int = 0
     free_bytes: int | None = None
+    base: BaseThere | None = None
+
+    @property
+    def based(self) -> bool:
+        """Whether only what is above its base is sent."""
+        return self.how == "copy" and self.base is not None and self.base.same
 
 
 class MachineFacts(Part, frozen=True, kw_only=True):

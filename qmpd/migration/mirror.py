@@ -26,7 +26,8 @@ from qmpd.migration.progress import DiskProgress
 from qmpd.migration.qemu import IMPATIENT_S, PREFIX, Qemu, ask_list, execute_or_yank, yank
 from qmpd.migration.tls import ClientTls
 from qmpd.migration.watch import Watch, watching
-from qmpd.spec import DiskFormat
+from qmpd.plan.disks import base_node
+from qmpd.spec import BaseImage, DiskFormat
 
 #: A copy that is behind and does not move for so long is given up, and one that has not caught up with a halted guest by then.
 STALL_LIMIT_S: Final = 20.0
@@ -48,7 +49,8 @@ _log = logging.getLogger(__name__)
 class DiskCopy(msgspec.Struct, frozen=True, kw_only=True):
     """A disk to copy: its node, the export it goes to, and whether the other end has all that is below the top layer already.
 
-    With `path` it goes to that file of this host, an image of `format` that is there and as long; `export` is what it is called then.
+    With `path` it goes to that file of this host, an image of `format` that is there and as long, and lies upon `base` if there is one;
+    `export` is what it is called then.
     """
 
     node: str
@@ -56,6 +58,7 @@ class DiskCopy(msgspec.Struct, frozen=True, kw_only=True):
     top: bool = False
     path: str | None = None
     format: DiskFormat = "raw"
+    base: BaseImage | None = None
 
 
 class Mirrors:
@@ -168,7 +171,8 @@ class Mirrors:
     def _target(self, name: str, disk: DiskCopy) -> dict[str, object]:
         if disk.path is not None:  # with `discard` a hole stays one
             file = {"driver": "file", "filename": disk.path, "discard": "unmap"}
-            return {"driver": disk.format, "node-name": name, "discard": "unmap", "file": file}
+            below = {"backing": base_node(disk.base)} if disk.base is not None else {}
+            return {"driver": disk.format, "node-name": name, "discard": "unmap", "file": file, **below}
         if self._at is None:
             raise MigrationFailed("there is no address to copy disks to")
         target: dict[str, object] = {"driver": "nbd", "node-name": name, "server": socket_address(self._at), "export": disk.export}

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -17,12 +17,13 @@ from qmpd.errors import CannotMove, QmpdError
 from qmpd.facts import FileFacts, MachinePaths
 from qmpd.hostcheck.resources import available_bytes
 from qmpd.hostcheck.tree import HostTree
+from qmpd.migration.bases import Bases
+from qmpd.migration.diskoffers import mark_of
 from qmpd.migration.fingerprints import Fingerprints
-from qmpd.migration.likeness import DestinationFacts, HostPort, TargetDisk
+from qmpd.migration.likeness import BaseThere, DestinationFacts, HostPort, TargetDisk
 from qmpd.migration.protocol import VERSION, DiskOffer, FileMark, Offer
 from qmpd.migration.retargeting import host_findings, host_paths
-from qmpd.migration.shipping import mark_of
-from qmpd.plan.disks import disk_path
+from qmpd.plan.disks import base_of, disk_path
 from qmpd.planning import Planning
 from qmpd.registry import Registry
 from qmpd.settings import Settings
@@ -38,17 +39,19 @@ _GROWING: Final = frozenset({"qcow2"})
 class Premises:
     """Looks at one host on behalf of those that offer machines to it."""
 
-    def __init__(self, settings: Settings, registry: Registry, planning: Planning, fingerprints: Fingerprints) -> None:
+    def __init__(self, settings: Settings, registry: Registry, planning: Planning, fingerprints: Fingerprints, bases: Bases) -> None:
         self._pools = settings.pools
         self._registry = registry
         self._planning = planning
         self._fingerprints = fingerprints
+        self._bases = bases
 
     async def of(self, offer: Offer) -> DestinationFacts:
         """Everything but its name, its UUID and its QEMU.
 
         Raises:
             CannotMove: the offer does not fit its own definition.
+            NotYet: what a disk lies upon is still being read.
         """
         spec = offer.spec
         try:
@@ -56,7 +59,8 @@ class Premises:
         except QmpdError:
             limits = {}  # there is no such board here, or no emulator: whoever starts it finds out
         paths = self._registry.paths(spec.name)
-        facts = await asyncio.to_thread(self._looked, offer, paths)
+        bases = {wanted.index: await self._bases.found(wanted.base) for wanted in _based(offer) if wanted.base is not None}
+        facts = await asyncio.to_thread(self._looked, offer, paths, bases)
         holders = {nic.mac: machine.name for machine in self._registry for nic in machine.definition.spec.nics if nic.mac is not None}
         taken = {nic.mac: holders[nic.mac] for nic in spec.nics if nic.mac in holders and holders[nic.mac] != spec.name}
         return msgspec.structs.replace(facts, limits_unkept=limits, macs_taken={mac: holder for mac, holder in taken.items() if mac})
@@ -67,24 +71,31 @@ class Premises:
         holders = (machine.name for machine in self._registry if machine.definition.uuid == offer.uuid and machine.name != name)
         return name in self._registry.names or name in self._registry.damaged, next(holders, None)
 
-    def _looked(self, offer: Offer, paths: MachinePaths) -> DestinationFacts:
+    def _looked(self, offer: Offer, paths: MachinePaths, bases: Mapping[int, BaseThere]) -> DestinationFacts:
         return DestinationFacts(
             protocols=(VERSION,),
             firmware=self._fingerprints.of(offer.spec),
-            disks=tuple(self._targets(offer, paths)),
+            disks=tuple(self._targets(offer, paths, bases)),
             ports_taken=tuple(port for port in forwarded(offer.spec) if _is_taken(port)),
             free_memory_mib=available_bytes(HostTree()) // MIB or None,
             findings=tuple(host_findings(offer.spec, examine([named.path for named in host_paths(offer.spec)], self._pools))),
         )
 
-    def _targets(self, offer: Offer, paths: MachinePaths) -> Iterator[TargetDisk]:
+    def _targets(self, offer: Offer, paths: MachinePaths, bases: Mapping[int, BaseThere]) -> Iterator[TargetDisk]:
         spec = offer.spec
         for wanted in offer.disks:
             if wanted.index >= len(spec.disks):
                 raise CannotMove(f"disk {wanted.index} is offered, and the definition has only {len(spec.disks)}")
         shared = {wanted.index for wanted in offer.disks if is_shared(wanted, spec.disks[wanted.index])}
         places = {wanted.index: _target(wanted, spec, paths) for wanted in offer.disks}
-        room = _room({wanted.index: (places[wanted.index], needed_bytes(wanted)) for wanted in offer.disks if wanted.index not in shared})
+        based = {index for index, base in bases.items() if base.same}
+        room = _room(
+            {
+                wanted.index: (places[wanted.index], needed_bytes(wanted, based=wanted.index in based))
+                for wanted in offer.disks
+                if wanted.index not in shared
+            }
+        )
         for wanted in offer.disks:
             index, path = wanted.index, places[wanted.index]
             own = isinstance(spec.disks[index], BlankDisk)
@@ -95,11 +106,13 @@ class Premises:
                 path=path,
                 how="shared" if index in shared else "copy",
                 exists=looked.kind not in {"missing", "denied"},
-                refusal=_refusal(looked, wanted_here=index in shared) or _placeless(offer, path, own=own or index in shared),
+                refusal=_refusal(looked, wanted_here=index in shared and not _is_overlay(spec.disks[index], looked))
+                or _placeless(offer, path, own=own or index in shared),
                 same=same,
                 format=None if same else looked.magic,
                 needed_bytes=room[index].needed_bytes if index in room else 0,
                 free_bytes=room[index].free_bytes if index in room else None,
+                base=bases.get(index),
             )
 
 
@@ -108,9 +121,24 @@ class _Room(NamedTuple):
     free_bytes: int
 
 
-def needed_bytes(wanted: DiskOffer) -> int:
-    """What a copy of a disk takes: what it has now, where that is known. It may grow to what the guest sees."""
-    return wanted.used_bytes or wanted.virtual_bytes
+def needed_bytes(wanted: DiskOffer, *, based: bool) -> int:
+    """What a copy of a disk takes: what it has now, where that is known, without its base where it is `based` on one that is there. It may
+    grow to what the guest sees."""
+    below = wanted.base.used_bytes if wanted.base is not None and not based else 0
+    return min(wanted.used_bytes + below, wanted.virtual_bytes or wanted.used_bytes + below) if wanted.used_bytes else wanted.virtual_bytes
+
+
+def _based(offer: Offer) -> Iterator[DiskOffer]:
+    """The disks whose base is to be here as well: what is copied to another format has none."""
+    for wanted in offer.disks:
+        disk = offer.spec.disks[wanted.index] if wanted.index < len(offer.spec.disks) else None
+        if disk is not None and base_of(disk) is not None and wanted.base is not None and wanted.format in {None, "qcow2"}:
+            yield wanted
+
+
+def _is_overlay(disk: ImageDisk | BlankDisk, looked: FileFacts) -> bool:
+    """Whether all that could be said against an image is that it has a base, which the definition names."""
+    return base_of(disk) is not None and looked.backing is not None
 
 
 def forwarded(spec: MachineSpec) -> tuple[HostPort, ...]:

@@ -11,13 +11,15 @@ from qmpd.errors import HostError, QmpdError
 from qmpd.journal import timestamp, utc_now
 from qmpd.launching import Launch
 from qmpd.migration.admission import Admissions
+from qmpd.migration.arrangement import Arranged
 from qmpd.migration.arrival import Arrival, Endings
+from qmpd.migration.bases import Bases
 from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.phases import FIRST, Step
 from qmpd.migration.premises import Premises
 from qmpd.migration.protocol import Acceptance, Offer
-from qmpd.migration.reception import Arranged, Reception, kept_ports, remove_made
+from qmpd.migration.reception import Reception, kept_ports, remove_made
 from qmpd.migration.survey import surveyed
 from qmpd.planning import Planning
 from qmpd.record import Definition
@@ -37,6 +39,7 @@ class Preparation:
         ledger: Ledger,
         planning: Planning,
         premises: Premises,
+        bases: Bases,
         reception: Reception,
         admissions: Admissions,
         endings: Endings,
@@ -46,6 +49,7 @@ class Preparation:
         self._ledger = ledger
         self._planning = planning
         self._premises = premises
+        self._bases = bases
         self._reception = reception
         self._admissions = admissions
         self._endings = endings
@@ -59,8 +63,8 @@ class Preparation:
         async with self._registry.reserved(offer.spec.name):
             spec = self._registry.complete(msgspec.structs.replace(offer.spec, uuid=offer.uuid), offer.machine)
             await asyncio.to_thread(self._registry.check_vacant, spec.name)
-            arranged = await self._reception.arranged(offer, spec)
             facts = await self._premises.of(msgspec.structs.replace(offer, spec=spec))
+            arranged = await self._reception.arranged(offer, spec, facts)
             place = self._registry.paths(spec.name).state
             await asyncio.to_thread(make_place, place)
             try:
@@ -84,6 +88,8 @@ class Preparation:
         machine, offer = arrival.machine, self._ledger.get(arrival.migration).offer
         try:
             await machine.start(msgspec.structs.replace(launch, plan=launch.plan.awaiting(), paused=True, incoming=arrival.migration))
+            for base in arranged.bases:  # QEMU has them open by now, and what they are is not looked at again
+                await self._bases.check(base)
             await self._ledger.note(arrival.migration, before=await self._reception.look(machine))
             facts = msgspec.structs.replace(facts, qemu=await surveyed(machine.session))
             acceptance, arrival.awaited = await self._reception.listen(machine, offer, arranged, launch, peer)

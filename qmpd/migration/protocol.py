@@ -41,11 +41,23 @@ class FileMark(Request, frozen=True, kw_only=True):
     size: Bytes
 
 
+class BaseOffer(Request, frozen=True, kw_only=True):
+    """What lies below a disk's image at the source: `path` is where the destination is to look for the same, `size` its length,
+    `used_bytes` what is in it, and `digest` tells whether it is the same (`qmpd.migration.extents`)."""
+
+    path: Path
+    format: DiskFormat
+    size: Bytes
+    used_bytes: Bytes = 0
+    digest: Text
+
+
 class DiskOffer(Request, frozen=True, kw_only=True):
     """How disk `index` of the definition goes: on storage that both hosts see (`shared`), or copied while the guest runs.
 
     `virtual_bytes` is what the guest sees, `used_bytes` what the image has of it, as far as is known. `mark` is set where
-    the source could look at the file. `path` and `format` are what the destination is to use instead of the source's.
+    the source could look at the file. `path` and `format` are what the destination is to use instead of the source's. `base` is what the
+    image lies upon.
     """
 
     index: Annotated[int, Meta(ge=0, le=255)]
@@ -55,6 +67,7 @@ class DiskOffer(Request, frozen=True, kw_only=True):
     mark: FileMark | None = None
     path: Path | None = None
     format: DiskFormat | None = None
+    base: BaseOffer | None = None
 
 
 class Original(Request, frozen=True, kw_only=True):
@@ -112,12 +125,14 @@ class Endpoint(View, frozen=True, kw_only=True):
 
 
 class DiskAccepted(View, frozen=True, kw_only=True):
-    """How disk `index` will go, and where its image is at the destination; `export` is the NBD export of one that is copied."""
+    """How disk `index` will go, and where its image is at the destination; `export` is the NBD export of one that is copied. `base` is
+    where the destination has what it lies upon: only what is above that is to be sent."""
 
     index: int
     how: Literal["shared", "copy"]
     path: str
     export: str | None = None
+    base: str | None = None
 
 
 class Acceptance(View, frozen=True, kw_only=True):

@@ -20,27 +20,23 @@ from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine, Publish
 from qmpd.migration import capabilities, incoming
 from qmpd.migration.addresses import Listening, TcpAddress, TcpRange, UnixAddress
+from qmpd.migration.arrangement import Arranged, arranged
 from qmpd.migration.capabilities import Agreed, Dials
 from qmpd.migration.door import Door, opened
 from qmpd.migration.incoming import STAYS, Listen
 from qmpd.migration.itemdesk import Delivery, ItemDesk
 from qmpd.migration.items import targets
+from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.outgoing import Before
-from qmpd.migration.parcels import Parcel
-from qmpd.migration.premises import is_shared
 from qmpd.migration.progress import NONE
-from qmpd.migration.protocol import Acceptance, Channel, ConsoleEnd, DiskAccepted, DiskOffer, Endpoint, LogReceived, Offer
+from qmpd.migration.protocol import Acceptance, Channel, ConsoleEnd, Endpoint, LogReceived, Offer
 from qmpd.migration.qemu import ask_map, run_state
-from qmpd.migration.retargeting import DiskTarget, Retarget, retargeted
-from qmpd.migration.shipping import node_of
 from qmpd.migration.tls import ServerTls
-from qmpd.plan import BlankImage, SerialPipe, without_forwards
-from qmpd.plan.disks import disk_path
+from qmpd.plan import SerialPipe, without_forwards
 from qmpd.planning import Planning
 from qmpd.power import EFFECT_DEADLINE_S
 from qmpd.settings import Peer, Settings
-from qmpd.spec import ImageDisk, MachineSpec
-from qmpd.storage import examine
+from qmpd.spec import MachineSpec
 
 MIB: Final = 1024 * 1024
 #: As libvirt and others have it: enough for switches that learn slowly, gone within seconds (times in milliseconds).
@@ -61,18 +57,6 @@ _PLACES: Final[dict[Channel, str]] = {"memory": "in-mem", "disks": "in-nbd"}
 _STOPPED_ITSELF: Final = frozenset({"guest-panicked", "internal-error", "io-error", "shutdown", "watchdog"})
 
 _log = logging.getLogger(__name__)
-
-
-class Arranged(msgspec.Struct, frozen=True, kw_only=True):
-    """How a machine will be here: its definition with the paths of this host, and how each disk comes.
-
-    `made` are images that are made outside of the machine's own directory, `parcels` what else comes.
-    """
-
-    spec: MachineSpec
-    disks: tuple[DiskAccepted, ...] = ()
-    made: tuple[BlankImage, ...] = ()
-    parcels: tuple[Parcel, ...] = ()
 
 
 class Awaited:
@@ -97,13 +81,9 @@ class Reception:
         self._desk = desk
         self._publish = publish
 
-    async def arranged(self, offer: Offer, spec: MachineSpec) -> Arranged:
-        """Which disks both hosts see and which are copied, and the definition with the paths of those here. Changes nothing.
-
-        Raises:
-            CannotMove: a disk cannot come like this.
-        """
-        return await asyncio.to_thread(self._arranged, offer, spec)
+    async def arranged(self, offer: Offer, spec: MachineSpec, facts: DestinationFacts) -> Arranged:
+        """How it would be here (`qmpd.migration.arrangement`), where `facts` is what is here for it. Raises CannotMove."""
+        return await asyncio.to_thread(arranged, offer, spec, facts, self._paths(spec.name), self._settings.pools)
 
     async def launch(self, offer: Offer, spec: MachineSpec, planning: Planning) -> Launch:
         """How the machine is launched here, to take its state in. Its images must be there.
@@ -120,32 +100,6 @@ class Reception:
         if launch.machine != offer.machine:
             raise CannotMove(f"the machine is a {offer.machine} there, and would be a {launch.machine} here")
         return launch
-
-    def _arranged(self, offer: Offer, spec: MachineSpec) -> Arranged:
-        shared = {wanted.index for wanted in offer.disks if wanted.index < len(spec.disks) and is_shared(wanted, spec.disks[wanted.index])}
-        copied = {wanted.index: wanted for wanted in offer.disks if wanted.index not in shared}
-        here = retargeted(spec, Retarget(disks={index: DiskTarget(path=disk.path, format=disk.format) for index, disk in copied.items()}))
-        images = {index: disk for index in copied if isinstance(disk := here.disks[index], ImageDisk)}
-        for index, disk in images.items():
-            self._check_target(index, disk.path)
-        brought = {parcel.item for parcel in offer.parcels}
-        for index, disk in enumerate(here.disks) if offer.state == "stopped" else ():
-            if index not in shared and (f"disk-{index}" not in brought or disk.format != spec.disks[index].format):
-                raise CannotMove(f"disk {index} of a machine at rest has to be sent as it is, in the format that it has")
-        paths = [disk_path(here, self._paths(here.name), index) for index in range(len(here.disks))]
-        return Arranged(
-            spec=here,
-            disks=tuple(_accepted(wanted, offer, paths[wanted.index], shared=wanted.index in shared) for wanted in offer.disks),
-            made=tuple(_blank(disk, copied[index]) for index, disk in images.items() if offer.state != "stopped"),
-            parcels=tuple(parcel for parcel in offer.parcels if parcel.item not in {f"disk-{index}" for index in shared}),
-        )
-
-    def _check_target(self, index: int, path: str) -> None:
-        found = examine([path], self._settings.pools)[path]
-        if found.kind == "denied" or (found.refusal and found.kind != "file"):
-            raise CannotMove(f"disk {index} cannot be copied to {path}: {found.refusal or 'permission denied'}")
-        if found.kind != "missing":
-            raise CannotMove(f"disk {index} is to be copied to {path}, which exists here: name another path for it")
 
     async def look(self, machine: Machine) -> Before:
         """How QEMU is before anything is changed in it."""
@@ -367,16 +321,6 @@ class Reception:
         for warning in (await remake(machine.session, machine.definition.spec)).warnings:
             _log.warning("port is not forwarded", extra={"machine": machine.name, "reason": warning})
             self._publish("machine.forward-lost", machine.name, {"reason": warning})
-
-
-def _accepted(wanted: DiskOffer, offer: Offer, path: str, *, shared: bool) -> DiskAccepted:
-    if shared:
-        return DiskAccepted(index=wanted.index, how="shared", path=path)
-    return DiskAccepted(index=wanted.index, how="copy", path=path, export=None if offer.state == "stopped" else node_of(wanted.index))
-
-
-def _blank(disk: ImageDisk, wanted: DiskOffer) -> BlankImage:
-    return BlankImage(path=disk.path, format=disk.format, size_bytes=wanted.virtual_bytes)
 
 
 def kept_ports(launch: Launch) -> tuple[int, ...]:

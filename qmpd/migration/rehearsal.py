@@ -128,6 +128,8 @@ class Rehearsals:
                     how=how.get(wanted.index, "copy"),
                     format=spec.disks[wanted.index].format,
                     bytes=wanted.virtual_bytes,
+                    used_bytes=needed_bytes(wanted, based=True),
+                    base_bytes=needed_bytes(wanted, based=False) - needed_bytes(wanted, based=True),
                 )
                 for wanted in offer.disks
             ),
@@ -178,10 +180,10 @@ async def _predicted(
         left = {f"disk-{disk.index}" for disk in there.disks if disk.how == "shared"}
         coming = sum(parcel.allocated for parcel in offer.parcels if parcel.item not in left)
         return predicted_at_rest(sent_bytes=coming, bandwidth_mib_s=speed, goal=request.goal)
-    copied = {disk.index for disk in there.disks if disk.how == "copy"}
+    copied = {disk.index: disk for disk in there.disks if disk.how == "copy"}
     return predicted(
         memory_bytes=here.qemu.memory_bytes,
-        disk_bytes=sum(needed_bytes(wanted) for wanted in offer.disks if wanted.index in copied),
+        disk_bytes=sum(needed_bytes(wanted, based=copied[wanted.index].based) for wanted in offer.disks if wanted.index in copied),
         bandwidth_mib_s=speed,
         dirty_mib_s=dirty,
         goal=request.goal,

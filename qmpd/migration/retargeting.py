@@ -19,14 +19,14 @@ from qmpd.spec import BiosFirmware, BlankDisk, DiskFormat, ImageDisk, MachineSpe
 from qmpd.viewbase import View
 
 #: What becomes of a path of a definition on another host.
-Use = Literal["disk", "loaded", "template", "emulator"]
+Use = Literal["disk", "base", "loaded", "template", "emulator"]
 
 
 class HostPath(View, frozen=True, kw_only=True):
     """A path that a definition names, and where.
 
-    A `disk` is the guest's own; what is `loaded` QEMU reads once, as it starts; a `template` is copied when a machine is created, and not
-    looked at any more; the `emulator` is run.
+    A `disk` is the guest's own, a `base` lies below it and is only read; what is `loaded` QEMU reads once, as it starts; a `template` is
+    copied when a machine is created, and not looked at any more; the `emulator` is run.
     """
 
     field: str
@@ -35,10 +35,11 @@ class HostPath(View, frozen=True, kw_only=True):
 
 
 class DiskTarget(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a disk is to be on the other host; None: as it is here."""
+    """Where a disk is to be on the other host; None: as it is here. `base` is where that has what it lies upon; None: it has all of it."""
 
     path: str | None = None
     format: DiskFormat | None = None
+    base: str | None = None
 
 
 class Retarget(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +71,8 @@ def _host_paths(spec: MachineSpec) -> Iterator[HostPath]:
     for index, disk in enumerate(spec.disks):
         if isinstance(disk, ImageDisk):
             yield HostPath(field=f"$.disks[{index}].path", path=disk.path, use="disk")
+            if disk.base is not None:
+                yield HostPath(field=f"$.disks[{index}].base.path", path=disk.base.path, use="base")
 
 
 def retargeted(spec: MachineSpec, wanted: Retarget) -> MachineSpec:
@@ -108,7 +111,8 @@ def _disk(disk: ImageDisk | BlankDisk, target: DiskTarget | None) -> ImageDisk |
         return disk
     if isinstance(disk, BlankDisk):
         return msgspec.structs.replace(disk, format=target.format or disk.format)
-    return msgspec.structs.replace(disk, path=target.path or disk.path, format=target.format or disk.format)
+    base = None if disk.base is None or target.base is None else msgspec.structs.replace(disk.base, path=target.base)
+    return msgspec.structs.replace(disk, path=target.path or disk.path, format=target.format or disk.format, base=base)
 
 
 def host_findings(spec: MachineSpec, there: Mapping[str, FileFacts]) -> Iterator[MigrationFinding]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 
@@ -22,25 +21,24 @@ from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine
 from qmpd.migration import outgoing
 from qmpd.migration.addresses import Address, TcpAddress, UnixAddress
+from qmpd.migration.bases import Bases
 from qmpd.migration.belongings import announced
 from qmpd.migration.bitmaps import Bitmap, bitmaps, check_movable
 from qmpd.migration.capabilities import Agreed
-from qmpd.migration.consignment import check_formats, packed, sizes_at_rest
+from qmpd.migration.consignment import check_bases, check_formats, packed
 from qmpd.migration.convergence import Abilities, Abort, Decision, Pause, Postcopy, Set, Tuner, keeps_track, opening, unattainable
+from qmpd.migration.diskoffers import disk_offers, node_of
 from qmpd.migration.ledger import Entry
 from qmpd.migration.measuring import sample_of
 from qmpd.migration.media import media
 from qmpd.migration.mirror import DiskCopy
 from qmpd.migration.outgoing import Before, Outgoing, recall
 from qmpd.migration.progress import Progress as Figures
-from qmpd.migration.protocol import VERSION, Acceptance, Channel, DiskOffer, FileMark, Offer
-from qmpd.migration.qemu import ask_list
+from qmpd.migration.protocol import VERSION, Acceptance, Channel, DiskOffer, Offer
 from qmpd.migration.tls import ClientTls
 from qmpd.migration.tunnel import Meter, entrances, explained
 from qmpd.migrationviews import Goal, MigrateRequest, MigrationProgress, MovedDisk
 from qmpd.peers import PeerDaemon
-from qmpd.plan.disks import disk_path, is_read_only
-from qmpd.process import boot_id
 from qmpd.settings import Peer
 from qmpd.spec import BlankDisk, ImageDisk
 from qmpd.views import Progress
@@ -175,9 +173,10 @@ class _Way(msgspec.Struct, frozen=True, kw_only=True):
 class Shipping:
     """Makes offers of machines, and sends their QEMUs' state."""
 
-    def __init__(self, pki_dir: str, paths: Callable[[str], MachinePaths]) -> None:
+    def __init__(self, pki_dir: str, paths: Callable[[str], MachinePaths], bases: Bases) -> None:
         self._pki_dir = pki_dir
         self._paths = paths
+        self._bases = bases
 
     async def offer(self, machine: Machine, request: MigrateRequest, migration: str) -> tuple[Offer, Before | None]:
         """What the peer is told of a machine, and how its QEMU is before anything is changed in it.
@@ -220,6 +219,7 @@ class Shipping:
         definition = machine.definition
         disks = await self.disks(machine, request)
         check_formats(definition.spec, disks)
+        await asyncio.to_thread(check_bases, definition.spec, disks)
         left = [disk.index for disk in disks if disk.how == "shared" and isinstance(definition.spec.disks[disk.index], ImageDisk)]
         return Offer(
             protocol=VERSION,
@@ -237,29 +237,8 @@ class Shipping:
         )
 
     async def disks(self, machine: Machine, request: MigrateRequest) -> tuple[DiskOffer, ...]:
-        """How each disk is to go, as far as the source can say."""
-        spec = machine.definition.spec
-        paths = [disk_path(spec, self._paths(machine.name), index) for index in range(len(spec.disks))]
-        marks = await asyncio.to_thread(lambda: [mark_of(path) for path in paths])
-        at_rest = machine.state in AT_REST
-        sizes = await (asyncio.to_thread(sizes_at_rest, spec, paths) if at_rest else _sizes(machine)) if paths else {}
-        chosen = {choice.disk: choice for choice in request.disks}
-        offers = []
-        for index, mark in enumerate(marks):
-            choice = chosen.get(index)
-            how: Literal["shared", "copy", "auto"] = choice.how if choice is not None else request.storage
-            offers.append(
-                DiskOffer(
-                    index=index,
-                    how="shared" if is_read_only(spec.disks[index]) else how,
-                    virtual_bytes=sizes.get(paths[index], (0, 0))[0],
-                    used_bytes=sizes.get(paths[index], (0, 0))[1],
-                    mark=mark,
-                    path=choice.path if choice is not None else None,
-                    format=choice.format if choice is not None else None,
-                )
-            )
-        return tuple(offers)
+        """How each disk is to go, as far as the source can say. Raises CannotMove where what one lies upon cannot be read."""
+        return await disk_offers(machine, request, self._paths(machine.name), self._bases)
 
     @asynccontextmanager
     async def shipment(
@@ -280,7 +259,11 @@ class Shipping:
             secret=way.secret,
             disks_at=way.disks_at,
             disks=tuple(
-                DiskCopy(node=inserted[disk.index].node if disk.index in inserted else node_of(disk.index), export=disk.export)
+                DiskCopy(
+                    node=inserted[disk.index].node if disk.index in inserted else node_of(disk.index),
+                    export=disk.export,
+                    top=disk.base is not None,
+                )
                 for disk in copied
                 if disk.export is not None
             ),
@@ -341,6 +324,8 @@ def check_answered(offer: Offer, accepted: Acceptance) -> None:
         exported = answer.how == "copy" and offer.state != "stopped"  # by its QEMU, to this one
         if how not in {"auto", answer.how} or exported is (answer.export is None):
             raise CannotMove(f"disk {disk.index} is offered as {how!r}, and the peer takes it as {answer.how!r}")
+        if answer.base not in {None, disk.base.path if disk.base is not None and answer.how == "copy" else None}:
+            raise CannotMove(f"the peer takes disk {disk.index} upon {answer.base}, which was not offered")
 
 
 def moved(accepted: Acceptance, figures: Figures) -> tuple[MovedDisk, ...]:
@@ -352,6 +337,7 @@ def moved(accepted: Acceptance, figures: Figures) -> tuple[MovedDisk, ...]:
             how="copied" if disk.how == "copy" else "shared",
             path=disk.path,
             bytes=sent.get(node_of(disk.index), 0) if disk.how == "copy" else 0,
+            base=disk.base,
         )
         for disk in accepted.disks
     )
@@ -365,33 +351,9 @@ def abilities_of(machine: Machine, before: Before, *, postcopy: bool = False, bi
     return Abilities(auto_converge="auto-converge" in before.dials.capabilities, postcopy=postcopy, tracks=tracks, bitmaps=bitmaps)
 
 
-def node_of(index: int) -> str:
-    """The block node of a disk, as the plan names it."""
-    return f"disk{index}-image"
-
-
 def _check_bitmaps(noted: Mapping[str, tuple[Bitmap, ...]], disks: Iterable[DiskOffer]) -> None:
     """Raises CannotMove for a bitmap that cannot be sent, or that the image could not keep which its disk is copied to."""
     check_movable(noted)
     for disk in disks:
         if disk.format not in {None, "qcow2"} and any(bitmap.persistent for bitmap in noted.get(node_of(disk.index), ())):
             raise CannotMove(f"disk {disk.index} has bitmaps, which no {disk.format} image can keep: copy it as qcow2, or remove them")
-
-
-def mark_of(path: str) -> FileMark | None:
-    """What tells a file. None where it cannot be looked at. Blocks."""
-    try:
-        status = os.stat(path)  # noqa: PTH116  a path of a definition, looked at as QEMU will
-    except OSError:
-        return None
-    return FileMark(boot_id=boot_id(), device=status.st_dev, inode=status.st_ino, size=status.st_size)
-
-
-async def _sizes(machine: Machine) -> dict[str, tuple[int, int]]:
-    """What the guest sees of each image, and what the image has of it, by its path."""
-    sizes: dict[str, tuple[int, int]] = {}
-    for node in await ask_list(machine.session, "query-named-block-nodes", {"flat": True}):
-        image = node.get("image")
-        if isinstance(image, dict) and node.get("drv") != "file":
-            sizes[str(image.get("filename"))] = (int(image.get("virtual-size", 0)), int(image.get("actual-size", 0)))
-    return sizes

@@ -25,18 +25,18 @@ from qmpd.failpoint import failpoint, passing
 from qmpd.jobs import Report
 from qmpd.machine import Machine
 from qmpd.migration.discrepancy import found
+from qmpd.migration.diskoffers import node_of
 from qmpd.migration.extents import allocated
 from qmpd.migration.items import Target, targets
 from qmpd.migration.media import media
 from qmpd.migration.mirror import STALL_LIMIT_S, DiskCopy, Mirrors, drop_all
 from qmpd.migration.parcels import Parcel
 from qmpd.migration.qemu import Qemu, ask_list, run_state
-from qmpd.migration.shipping import node_of
 from qmpd.migration.watch import watching
 from qmpd.migrationviews import MigrationFinding
 from qmpd.plan import BlankImage
-from qmpd.plan.disks import is_read_only
-from qmpd.spec import DiskFormat, PflashFirmware
+from qmpd.plan.disks import base_of, is_read_only
+from qmpd.spec import BaseImage, DiskFormat, PflashFirmware
 from qmpd.storage import replace
 from qmpd.tasks import undivided
 from qmpd.views import Progress
@@ -54,7 +54,8 @@ _log = logging.getLogger(__name__)
 
 
 class Still(msgspec.Struct, frozen=True, kw_only=True):
-    """An image to be made of what node `node` has in the file `original`, which has `used_bytes`; the guest sees `size_bytes` of it."""
+    """An image to be made of what node `node` has in the file `original`, which has `used_bytes`; the guest sees `size_bytes` of it.
+    It lies upon the same `base` as the original."""
 
     item: str
     node: str
@@ -63,6 +64,7 @@ class Still(msgspec.Struct, frozen=True, kw_only=True):
     format: DiskFormat
     size_bytes: int
     used_bytes: int
+    base: BaseImage | None = None
 
     def parcel(self) -> Parcel:
         """The image, as it is sent. Blocks. Raises OSError."""
@@ -94,10 +96,12 @@ async def planned(machine: Machine, paths: MachinePaths, migration: str) -> tupl
     inserted, sizes = await media(session), await _sizes(session)
     stills = []
     for item, target in targets(spec, paths).items():
+        base: BaseImage | None = None
         if target.kind == "disk":
             index = int(item.removeprefix("disk-"))
             if is_read_only(spec.disks[index]):
                 continue
+            base = base_of(spec.disks[index])
             node, image_format = inserted[index].node if index in inserted else node_of(index), spec.disks[index].format
         elif target.kind == "vars" and isinstance(spec.firmware, PflashFirmware):
             node, image_format = _VARIABLES, spec.firmware.format
@@ -116,6 +120,7 @@ async def planned(machine: Machine, paths: MachinePaths, migration: str) -> tupl
                 format=image_format,
                 size_bytes=size_bytes,
                 used_bytes=used_bytes,
+                base=base,
             )
         )
     return tuple(stills)
@@ -150,7 +155,7 @@ def make(stills: Iterable[Still]) -> None:
     """Makes the images, empty. Blocks. Raises NoSpace, HostError."""
     failpoint("still-make")
     for still in stills:
-        replace(BlankImage(path=still.path, format=still.format, size_bytes=still.size_bytes))
+        replace(BlankImage(path=still.path, format=still.format, size_bytes=still.size_bytes, base=still.base))
 
 
 def remove(paths: Iterable[str]) -> None:
@@ -170,7 +175,10 @@ class Exposure:
     def __init__(self, qemu: Qemu, stills: tuple[Still, ...], migration: str) -> None:
         self.halted_ms: float | None = None
         self._qemu = qemu
-        copies = [DiskCopy(node=one.node, export=one.item, path=one.path, format=one.format) for one in stills]
+        copies = [
+            DiskCopy(node=one.node, export=one.item, top=one.base is not None, path=one.path, format=one.format, base=one.base)
+            for one in stills
+        ]
         self._mirrors = Mirrors(qemu, copies, None, None, prefix=_prefix(migration))
 
     async def follow(self, report: Report) -> None:

@@ -13,6 +13,7 @@ from qmpd.jobs import Jobs
 from qmpd.journal import Journal
 from qmpd.machine import Machine, Publish
 from qmpd.migration.admission import Admissions
+from qmpd.migration.bases import Bases
 from qmpd.migration.copies import VERB, Copies
 from qmpd.migration.destination import Arrivals
 from qmpd.migration.duplicates import Duplicates, check_wishes
@@ -86,16 +87,18 @@ class Migration:
         self._tasks = Tasks()
         self._refuse = refuse
         self._vacancies = Vacancies(ledger, refuse)
-        fingerprints, shipping = Fingerprints(settings.pools), Shipping(settings.pki_dir, registry.paths)
+        bases = Bases(self._tasks, settings.pools, settings.cache_dir)
+        fingerprints, shipping = Fingerprints(settings.pools), Shipping(settings.pki_dir, registry.paths, bases)
         duplicates, withdrawals = Duplicates(shipping, registry.paths), Withdrawals(ledger, peering, publish)
         rehearsals = Rehearsals(shipping, duplicates, fingerprints, registry.paths)
-        premises = Premises(settings, registry, planning, fingerprints)
+        premises = Premises(settings, registry, planning, fingerprints, bases)
         self._trials = Trials(planning, premises, settings.run_dir)
         self._arrivals = Arrivals(
             registry=registry,
             ledger=ledger,
             planning=planning,
             premises=premises,
+            bases=bases,
             reception=Reception(settings, registry.paths, items, publish),
             admissions=admissions,
             peering=peering,

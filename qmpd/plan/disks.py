@@ -10,7 +10,7 @@ from qmpd.board import DiskBus
 from qmpd.facts import MachinePaths
 from qmpd.plan.launch import BlankImage
 from qmpd.plan.resolution import Resolved, disk_bus, on_bus
-from qmpd.spec import BlankDisk, BootDevice, Disk, DiskErrors, ImageDisk, MachineSpec
+from qmpd.spec import BaseImage, BlankDisk, BootDevice, Disk, DiskErrors, ImageDisk, MachineSpec
 
 MIB: Final = 1024 * 1024
 #: The devices that can halt the guest when their image fails. All others give every error to the guest.
@@ -56,6 +56,11 @@ def is_read_only(disk: Disk) -> bool:
     return isinstance(disk, ImageDisk) and (disk.read_only or disk.media == "cdrom")
 
 
+def base_of(disk: Disk) -> BaseImage | None:
+    """What lies below the image of a disk, if anything does."""
+    return disk.base if isinstance(disk, ImageDisk) else None
+
+
 def boot_index(machine: Resolved, kind: BootDevice, ordinal: int) -> int | None:
     """The boot index of the `ordinal`-th device of a kind: all of the first kind in `boot_order`, then all of the next."""
     order = machine.spec.boot_order
@@ -99,7 +104,15 @@ def _block_node(machine: Resolved, index: int) -> Option:
     node: dict[str, object] = {"driver": disk.format, "node-name": f"disk{index}-image", "read-only": is_read_only(disk), "file": file}
     if disk.discard and not is_read_only(disk):
         node["discard"] = file["discard"] = "unmap"
+    if (base := base_of(disk)) is not None:
+        node["backing"] = base_node(base)
     return document("blockdev", node)
+
+
+def base_node(base: BaseImage) -> dict[str, object]:
+    """What lies below an image, as QEMU is told: in full, so that no header makes it open another file."""
+    node: dict[str, object] = {"driver": base.format, "read-only": True, "file": {"driver": "file", "filename": base.path}}
+    return node | ({"backing": None} if base.format == "qcow2" else {})
 
 
 def _device(machine: Resolved, index: int, bus: DiskBus, name: str, position: int, boot: int | None) -> Option:
@@ -135,4 +148,7 @@ def _board_slot(machine: Resolved, index: int, bus: DiskBus, position: int) -> O
         "file.driver": "file",
         "file.filename": image_path(machine, index),
     }
+    if (base := base_of(disk)) is not None:
+        values |= {"backing.driver": base.format, "backing.file.driver": "file", "backing.file.filename": base.path}
+        values |= {"backing.read-only": True}
     return pairs("drive", "", values)

@@ -10,6 +10,7 @@ import msgspec
 
 from qmpd.argv import Option, escape, lines
 from qmpd.facts import Facts
+from qmpd.spec import BaseImage
 
 
 class Listening(Facts, frozen=True, kw_only=True):
@@ -80,11 +81,12 @@ class TpmEmulator(Facts, frozen=True, kw_only=True):
 
 
 class BlankImage(Facts, frozen=True, kw_only=True):
-    """An image of the machine's own, to be made before its first start."""
+    """An image of the machine's own, to be made before its first start; with a `base` it is a qcow2 one upon that."""
 
     path: str
     format: Literal["raw", "qcow2"]
     size_bytes: int
+    base: BaseImage | None = None
 
 
 class Copy(Facts, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ from qmpd.board import DiskBus
 from qmpd.errors import Problem
 from qmpd.plan.disks import halts_on_error, is_cdrom, is_read_only
 from qmpd.plan.resolution import disk_bus, mac_address, nic_model
-from qmpd.spec import BlankDisk, Disk, ImageDisk, MachineSpec, UserNic
+from qmpd.spec import BaseImage, BlankDisk, Disk, ImageDisk, MachineSpec, UserNic
 from qmpd.validation.subject import Subject, choices, file_problems, problem
 
 #: The multicast bit of a MAC address (IEEE 802.3, I/G bit).
@@ -50,11 +50,31 @@ def _suitable(subject: Subject, disk: Disk, name: str, bus: DiskBus, where: str)
 
 
 def _image(subject: Subject, disk: ImageDisk, where: str) -> Iterator[Problem]:
-    found = list(file_problems(subject, disk.path, f"{where}.path", writable=not is_read_only(disk)))
+    base = disk.base
+    found = list(file_problems(subject, disk.path, f"{where}.path", writable=not is_read_only(disk), based=base is not None))
     yield from found
     facts = subject.file(disk.path)
     if not found and disk.format == "qcow2" and facts.magic != "qcow2":
         yield problem(f"{where}.format", f"{disk.path} is not a qcow2 image; state format = 'raw' if it is a raw one")
+    elif base is not None:
+        yield from _based(subject, disk, base, where, seen=not found)
+
+
+def _based(subject: Subject, disk: ImageDisk, base: BaseImage, where: str, *, seen: bool) -> Iterator[Problem]:
+    """A base must be what the image was made upon: with another one the guest would find another disk."""
+    below = subject.file(base.path)
+    if below.backing is not None:
+        yield problem(f"{where}.base.path", f"{base.path} lies upon {below.backing} itself: flatten it with qemu-img convert")
+        return
+    found = list(file_problems(subject, base.path, f"{where}.base.path"))
+    yield from found
+    if disk.format != "qcow2":
+        yield problem(f"{where}.base", f"a {disk.format} image has nothing below it; leave base out")
+    elif not found and base.format == "qcow2" and below.magic != "qcow2":
+        yield problem(f"{where}.base.format", f"{base.path} is not a qcow2 image; state format = 'raw' if it is a raw one")
+    elif not found and seen and (backing := subject.file(disk.path).backing) != (below.real_path or base.path):
+        made = f"upon {backing}" if backing is not None else "upon nothing"
+        yield problem(f"{where}.base.path", f"{disk.path} was made {made}: name that (qemu-img rebase -u, where the file was moved)")
 
 
 def _card_size(subject: Subject, disk: Disk, where: str) -> Iterator[Problem]:
@@ -85,11 +105,12 @@ def shared_images(subject: Subject) -> Iterator[Problem]:
     for index, disk in enumerate(subject.spec.disks):
         if not isinstance(disk, ImageDisk):
             continue
-        real = subject.file(disk.path).real_path or disk.path
-        read_only = is_read_only(disk)
-        if real in seen and not (read_only and seen[real][1]):
-            yield problem(f"disks[{index}].path", f"{disk.path} is already disks[{seen[real][0]}]; both must be read_only for that")
-        seen.setdefault(real, (index, read_only))
+        named = [("path", disk.path, is_read_only(disk)), *([("base.path", disk.base.path, True)] if disk.base is not None else [])]
+        for field, path, read_only in named:
+            real = subject.file(path).real_path or path
+            if real in seen and not (read_only and seen[real][1]):
+                yield problem(f"disks[{index}].{field}", f"{path} is already disks[{seen[real][0]}]; both must be read_only for that")
+            seen.setdefault(real, (index, read_only))
 
 
 def nics(subject: Subject) -> Iterator[Problem]:

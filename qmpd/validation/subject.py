@@ -45,10 +45,10 @@ def choices(names: Iterable[str], wanted: str | None = None) -> str:
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
-def file_problems(subject: Subject, path: str, field: str, *, writable: bool = False) -> Iterator[Problem]:
-    """What keeps QEMU from opening a file of the definition."""
+def file_problems(subject: Subject, path: str, field: str, *, writable: bool = False, based: bool = False) -> Iterator[Problem]:
+    """What keeps QEMU from opening a file of the definition; `based`: it is an image whose base the definition names."""
     facts = subject.file(path)
-    if facts.refusal is not None:
+    if facts.refusal is not None and not (based and facts.backing is not None):
         yield problem(field, f"{path}: {facts.refusal}")
     elif facts.kind == "missing":
         yield problem(field, f"{path}: no such file")

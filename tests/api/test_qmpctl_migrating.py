@@ -108,7 +108,7 @@ def test_the_options_are_the_request(daemon: StandIn) -> None:
         daemon,
         *("--downtime", "1s", "--deadline", "1h30min", "--then", "postcopy", "--bandwidth", "1GiB", "--auto-converge", "off"),
         *("--channels", "4", "--tunnel", "--copy-storage", "--accept", "known-trouble"),
-        *("--disk", "1=shared", "--disk", "0=copy,path=/pool/x.qcow2,format=qcow2"),
+        *("--disk", "1=shared", "--disk", "0=copy,path=/pool/x.qcow2,format=qcow2,base=/pool/b.raw"),
     )
     assert body == {
         "peer": "hostb",
@@ -116,8 +116,8 @@ def test_the_options_are_the_request(daemon: StandIn) -> None:
         "goal": {"downtime_ms": 1000, "deadline_s": 5400.0, "then": "postcopy", "bandwidth_mib_s": 1024, "auto_converge": False},
         "storage": "copy",
         "disks": [
-            {"disk": 1, "how": "shared", "path": None, "format": None},
-            {"disk": 0, "how": "copy", "path": "/pool/x.qcow2", "format": "qcow2"},
+            {"disk": 1, "how": "shared", "path": None, "format": None, "base": None},
+            {"disk": 0, "how": "copy", "path": "/pool/x.qcow2", "format": "qcow2", "base": "/pool/b.raw"},
         ],
         "channels": 4,
         "tunnel": True,

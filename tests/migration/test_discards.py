@@ -11,11 +11,12 @@ import msgspec
 import pytest
 
 from qmpd.machine import Machine
+from qmpd.migration.arrangement import Arranged
 from qmpd.migration.likeness import DestinationFacts
-from qmpd.migration.premises import Premises
 from qmpd.migration.protocol import Offer
+from qmpd.migration.reception import Reception
 from qmpd.migrationviews import DiskChoice, Goal, MigrateRequest
-from qmpd.spec import ImageDisk
+from qmpd.spec import ImageDisk, MachineSpec
 from tests.api.lab import Daemon, authority, daemon, host, peer, port
 from tests.conftest import end_machines
 from tests.guests.build import Guest
@@ -58,14 +59,14 @@ async def offered(a: Daemon, guest: Guest, images: Path, path: Path) -> dict[str
 
 def meddling(patch: pytest.MonkeyPatch, meddle: Callable[[], object]) -> None:
     """Somebody does something after the destination has looked at its files, and before it makes its own."""
-    looked = Premises.of
+    looked = Reception.arranged
 
-    async def of(self: Premises, offer: Offer) -> DestinationFacts:
-        facts = await looked(self, offer)
+    async def arranged(self: Reception, offer: Offer, spec: MachineSpec, facts: DestinationFacts) -> Arranged:
+        found = await looked(self, offer, spec, facts)
         meddle()
-        return facts
+        return found
 
-    patch.setattr(Premises, "of", of)
+    patch.setattr(Reception, "arranged", arranged)
 
 
 async def test_a_machine_that_is_still_being_discarded_may_be_offered_again(

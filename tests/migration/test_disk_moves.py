@@ -94,7 +94,7 @@ async def test_the_next_daemon_finds_out_which_image_a_guest_has(short_directory
         await written(a, "writer", 10)
         machine, moves = a.service._registry.get("writer"), a.service.disk_moves
         move, medium = await moves._begun(machine, 0, MoveDiskRequest(path=str(target)))
-        move = msgspec.structs.replace(await moves._made(move, medium), halted=True)
+        move = msgspec.structs.replace(await moves._made(move, medium, machine.definition.spec), halted=True)
         await moves._note(move, move)
         with pytest.raises(KilledError):
             await relocate(machine.session, move.source, _node(move, machine.definition.spec), unseen, changed=killed)

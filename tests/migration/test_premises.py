@@ -13,16 +13,18 @@ import pytest
 from msgspec.structs import replace
 
 from qmpd.errors import CannotMove, PeerRefused
+from qmpd.migration.bases import Bases
 from qmpd.migration.delivery import insisted
+from qmpd.migration.diskoffers import mark_of
 from qmpd.migration.fingerprints import Fingerprints, loaded_files
 from qmpd.migration.likeness import DestinationFacts, HostPort, TargetDisk
 from qmpd.migration.premises import Premises
 from qmpd.migration.protocol import VERSION, DiskOffer, FileMark, Offer
-from qmpd.migration.shipping import mark_of
 from qmpd.migrationviews import MigrationFinding
 from qmpd.service import Service
 from qmpd.settings import Settings
 from qmpd.spec import BiosFirmware, BlankDisk, Disk, Forward, ImageDisk, Kernel, Limits, MachineSpec, PflashFirmware, UserNic
+from qmpd.tasks import Tasks
 
 MIB = 1024 * 1024
 SPEC = MachineSpec(name="web", board="x86_64-q35")
@@ -34,7 +36,8 @@ ELSEWHERE = "0" * 8 + "-0000-0000-0000-000000000000"
 async def premises(service: Service, settings: Settings) -> Premises:
     """Those of a daemon with nothing on it, which may use its own directory only."""
     bounded = replace(settings, pools=(str(Path(settings.state_dir).parent),))
-    return Premises(bounded, service._registry, service._planning, Fingerprints(bounded.pools))
+    bases = Bases(Tasks(), bounded.pools, bounded.cache_dir)
+    return Premises(bounded, service._registry, service._planning, Fingerprints(bounded.pools), bases)
 
 
 def offer(spec: MachineSpec, *disks: DiskOffer) -> Offer:

@@ -181,6 +181,18 @@ def test_a_controller_comes_once_before_the_first_of_its_disks() -> None:
     assert "discard" not in documents(made, "blockdev")[0]
 
 
+@pytest.mark.parametrize("base_format", ["raw", "qcow2"])
+def test_what_lies_below_an_image_is_named_in_full(base_format: str) -> None:
+    board = {"disks": {"hd": {"device": "hd"}, "card": {"drive_interface": "sd"}}, "default_disk": "hd"}
+    image = {"kind": "image", "path": "/d", "format": "qcow2", "base": {"path": "/b", "format": base_format}}
+    made = planned({"disks": [image, {**image, "bus": "card"}]}, board)
+    below = {"driver": base_format, "read-only": True, "file": {"driver": "file", "filename": "/b"}}
+    (node,) = documents(made, "blockdev")
+    assert node["backing"] == below | ({"backing": None} if base_format == "qcow2" else {})
+    card = next(word for word in made.by_hand().split() if "if=sd" in word)
+    assert f"backing.driver={base_format},backing.file.driver=file,backing.file.filename=/b,backing.read-only=on" in card
+
+
 def test_disks_are_spread_over_the_units_of_a_bus() -> None:
     board = {"disks": {"ide": {"device": "hd", "bus": "ide.{index}", "units": 2}}, "default_disk": "ide"}
     made = planned({"disks": [{"kind": "blank", "size_mib": 1}] * 3}, board)

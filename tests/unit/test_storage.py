@@ -16,8 +16,8 @@ from qmpd.errors import AlreadyExists, HostError, NoSpace
 from qmpd.facts import FileFacts
 from qmpd.plan import BlankImage, Copy
 from qmpd.runlock import LOCK_NAME
-from qmpd.spec import MachineSpec
-from qmpd.storage import examine, guest_bytes, make, make_place, mark_finished, paths_of, remove_machine_files
+from qmpd.spec import BaseImage, MachineSpec
+from qmpd.storage import examine, guest_bytes, make, make_place, mark_finished, paths_of, remove_machine_files, replace
 from tests.process.emulator import names
 from tests.unit.toy import spec_of
 
@@ -80,6 +80,26 @@ def test_an_image_that_needs_anything_but_itself_is_refused(tmp_path: Path, head
     (tmp_path / "image").write_bytes(header)
     refusal = facts_of(tmp_path / "image").refusal
     assert refusal is None if reason is None else reason in (refusal or "")
+
+
+@pytest.mark.parametrize(
+    ("name", "leads_to"),
+    [("base.raw", "base.raw"), ("../x/base", "../x/base"), ("json:{}", None), ("nbd://h/x", None), ("file:/etc/passwd", None), ("", None)],
+)
+def test_what_an_image_was_made_upon_is_told_where_it_is_a_file(tmp_path: Path, name: str, leads_to: str | None) -> None:
+    header = bytearray(qcow2(backing=104))
+    struct.pack_into(">I", header, 16, len(name))
+    (tmp_path / "image").write_bytes(bytes(header) + name.encode())
+    facts = facts_of(tmp_path / "image")
+    assert "refers to a backing file" in (facts.refusal or "")
+    assert facts.backing == (None if leads_to is None else os.path.realpath(tmp_path / leads_to))
+
+
+def test_an_image_upon_another_is_made(tmp_path: Path) -> None:
+    (tmp_path / "base.raw").write_bytes(bytes(MIB))
+    base = BaseImage(path=str(tmp_path / "base.raw"), format="raw")
+    replace(BlankImage(path=str(tmp_path / "top.qcow2"), format="qcow2", size_bytes=2 * MIB, base=base))
+    assert (facts_of(tmp_path / "top.qcow2").backing, guest_bytes(str(tmp_path / "top.qcow2"), "qcow2")) == (base.path, 2 * MIB)
 
 
 def test_what_a_guest_sees_of_an_image_is_in_its_header_or_is_all_of_it(tmp_path: Path) -> None:
