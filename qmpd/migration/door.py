@@ -25,7 +25,7 @@ from typing import Final
 
 from qmpd.errors import MigrationFailed
 from qmpd.migration.addresses import TcpAddress, TcpRange
-from qmpd.shortage import shortage
+from qmpd.migration.ports import Bind, bound, port_of
 
 #: Bytes of a secret.
 SECRET_BYTES: Final = 32
@@ -50,7 +50,7 @@ class Door:
 
     def __init__(self, listener: socket.socket) -> None:
         self.secret = secrets.token_hex(SECRET_BYTES)
-        self.port = int(listener.getsockname()[1])
+        self.port = port_of(listener)
         self._listener = listener
         self._attending: asyncio.Task[object] | None = None
 
@@ -134,35 +134,9 @@ def _closed(caller: socket.socket, _done: asyncio.Task[None]) -> None:
     caller.close()
 
 
-async def opened(where: TcpRange) -> Door:
-    """A door at the first port of the range that is free.
-
-    Raises:
-        MigrationFailed: none is, or the address is none of this host's.
-        Busy: the host is out of descriptors or memory.
-    """
-    loop = asyncio.get_running_loop()
-    problem = "no port of the range is free"
-    for port in range(where.first, where.last + 1):
-        try:
-            found = await loop.getaddrinfo(where.host, port, type=socket.SOCK_STREAM)
-            return Door(_listening(*found[0]))
-        except OSError as error:
-            if (short := shortage(error)) is not None:
-                raise short from error
-            problem = error.strerror or str(error)
-    raise MigrationFailed(f"the peer cannot be awaited at {where.host}, ports {where.first} to {where.last}: {problem}")
-
-
-def _listening(family: int, kind: int, protocol: int, _name: str, address: tuple[object, ...]) -> socket.socket:
-    with ExitStack() as undo:
-        listener = undo.enter_context(socket.socket(family, kind, protocol))
-        listener.setblocking(False)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(CALLERS)
-        undo.pop_all()
-        return listener
+async def opened(where: TcpRange, bind: Bind = bound) -> Door:
+    """A door at a port of the range. Raises as `bind`."""
+    return Door(await bind(where))
 
 
 async def knock(at: TcpAddress, secret: str) -> tuple[socket.socket, int]:

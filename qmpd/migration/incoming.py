@@ -18,6 +18,7 @@ from qmpd.errors import MigrationFailed, QemuRefused
 from qmpd.migration import capabilities, tls
 from qmpd.migration.addresses import Address, Listening, TcpAddress, UnixAddress, candidates, legacy_address, uri
 from qmpd.migration.capabilities import Agreed
+from qmpd.migration.ports import Bind, bound, port_of
 from qmpd.migration.progress import Progress
 from qmpd.migration.qemu import HANDED, PREFIX, SINCE_8_2, Qemu, ask_list, ask_map, has_command, run_state
 from qmpd.migration.tls import ServerTls
@@ -73,12 +74,12 @@ async def listen(qemu: Qemu, wanted: Listen) -> Endpoint:
     return Endpoint(memory=await receive_memory(qemu, wanted), disks_at=disks_at, disks=wanted.disks)
 
 
-async def receive_disks(qemu: Qemu, wanted: Listen) -> Address | None:
-    """Sets the destination, and has it listen for disks if there are any. Raises as `listen`."""
+async def receive_disks(qemu: Qemu, wanted: Listen, bind: Bind = bound) -> Address | None:
+    """Sets the destination, and has it listen for disks if there are any, at a port that `bind` has got. Raises as `listen`."""
     if wanted.tls is not None:
         await tls.add(qemu, wanted.tls)
     await capabilities.apply(qemu, capabilities.DESTINATION, wanted.agreed, tls.parameters(wanted.tls))
-    return await _export(qemu, wanted) if wanted.disks else None
+    return await _export(qemu, wanted, bind) if wanted.disks else None
 
 
 async def receive_memory(qemu: Qemu, wanted: Listen) -> Address:
@@ -222,27 +223,24 @@ async def settle(qemu: Qemu, before: capabilities.Dials) -> None:
     await tls.remove(qemu)
 
 
-async def _export(qemu: Qemu, wanted: Listen) -> Address:
+async def _export(qemu: Qemu, wanted: Listen, bind: Bind) -> Address:
     if wanted.disks_at is None:
         raise MigrationFailed("disks are to be received, and there is no address to receive them at")
     protection: Mapping[str, object] = {} if wanted.tls is None else {"tls-creds": tls.CREDENTIALS, "tls-authz": tls.AUTHORIZATION}
 
-    found = await _serve(qemu, wanted.disks_at, protection)
+    found = await _serve(qemu, wanted.disks_at, protection, bind)
     for node in wanted.disks:
         export = {"type": "nbd", "id": f"{PREFIX}-{node}", "node-name": node, "name": node, "writable": True}
         await qemu.execute("block-export-add", export)
     return found
 
 
-async def _serve(qemu: Qemu, listening: Listening, protection: Mapping[str, object]) -> Address:
-    # Which port the NBD server has chosen cannot be asked, so it is not left to choose.
-    for address in candidates(listening):
-        try:
-            # Not limited to one connection for each disk: a caller that says nothing would take the place of the one that is awaited.
-            await qemu.execute("nbd-server-start", {"addr": legacy_address(address), **protection})
-        except QemuRefused as error:
-            if _TAKEN not in error.message:
-                raise
-        else:
-            return address
-    raise MigrationFailed(f"there is no free port to listen at: {listening}")
+async def _serve(qemu: Qemu, listening: Listening, protection: Mapping[str, object], bind: Bind) -> Address:
+    # Not limited to one connection for each disk: a caller that says nothing would take the place of the one that is awaited.
+    if isinstance(listening, UnixAddress):
+        await qemu.execute("nbd-server-start", {"addr": legacy_address(listening), **protection})
+        return listening
+    with await bind(listening) as listener:
+        await qemu.hand(PREFIX, listener)
+        await qemu.execute("nbd-server-start", {"addr": {"type": "fd", "data": {"str": PREFIX}}, **protection})
+        return TcpAddress(host=listening.host, port=port_of(listener))
