@@ -26,6 +26,7 @@ from qmpd.errors import Invalid, QmpdError
 from qmpd.failpoint import VARIABLE, arm
 from qmpd.heap import share_one_heap
 from qmpd.logs import configure
+from qmpd.migration.ports import passed_ports
 from qmpd.notify import announced, taken_from
 from qmpd.settings import Settings, SettingsFile, check, config_path, merged, system_defaults, user_defaults
 
@@ -170,7 +171,8 @@ async def _serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     async with AsyncExitStack() as stack:
-        service = await stack.enter_async_context(running(settings, os.environ, _dial(settings)))
+        awaiting = passed_ports(os.environ, os.getpid())
+        service = await stack.enter_async_context(running(settings, os.environ, _dial(settings), awaiting))
         trust = await asyncio.to_thread(_trust, settings.pki_dir, service.peering.peers) if settings.listen else None
         offered = await importing
         await stack.enter_async_context(offered(service, settings, trust))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ from qmpd.migration.diskmoves import DiskMoves
 from qmpd.migration.history import HistoryDesk
 from qmpd.migration.itemdesk import ItemDesk
 from qmpd.migration.ledger import open_ledger
+from qmpd.migration.ports import Ports
 from qmpd.migration.succession import Successions
 from qmpd.migration.verbs import Migration
 from qmpd.peering import Peering, nowhere
@@ -64,10 +66,12 @@ _log = logging.getLogger(__name__)
 
 
 @asynccontextmanager
-async def running(settings: Settings, environ: Mapping[str, str], dial: Dial = nowhere) -> AsyncIterator[Service]:
+async def running(
+    settings: Settings, environ: Mapping[str, str], dial: Dial = nowhere, awaiting: Sequence[socket.socket] = ()
+) -> AsyncIterator[Service]:
     """A daemon without its API: a service whose machines are loaded and whose living processes are adopted.
 
-    `dial` is how it reaches its peers.
+    `dial` is how it reaches its peers. `awaiting` are the sockets at which their machines are awaited, if the daemon is to bind none.
 
     Leaving lets go of the machines and touches none: their QEMUs go on.
 
@@ -108,6 +112,7 @@ async def running(settings: Settings, environ: Mapping[str, str], dial: Dial = n
             planning=planning,
             admissions=admissions,
             items=items,
+            ports=Ports(awaiting),
             publish=bus.publish,
             refuse=going_down.refuse,
         )

@@ -21,6 +21,8 @@ from qmpd.process import Identity, NotOurs, boot_id, start_time
 #: What QEMU's system emulators are called, by QEMU and by distributions.
 _NAMES: Final = re.compile(r"qemu-system-.+|qemu-kvm")
 _DELETED: Final = " (deleted)"
+#: Where a descriptor of a socket leads to.
+_SOCKET: Final = re.compile(r"socket:\[([0-9]+)\]")
 #: The state of an accepted connection in /proc/net/unix.
 _CONNECTED: Final = "03"
 
@@ -96,6 +98,19 @@ def working_in(directory: str, program: str) -> list[HostProcess]:
     where = os.path.realpath(directory)
     found = (process(pid) for pid in _numbers() if _name(pid) == program)
     return [one for one in found if one is not None and one.directory == where]
+
+
+def qemu_sockets() -> frozenset[int]:
+    """The inodes of the sockets that the QEMUs of this host have open, as far as this user may see them."""
+    return frozenset(inode for pid in _numbers() if _NAMES.fullmatch(_name(pid)) for inode in _sockets(pid))
+
+
+def _sockets(pid: int) -> list[int]:
+    try:
+        links = [_link(Path(entry.path)) or "" for entry in os.scandir(f"/proc/{pid}/fd")]
+    except OSError:
+        return []
+    return [int(found[1]) for link in links if (found := _SOCKET.fullmatch(link)) is not None]
 
 
 def holders(path: str) -> list[HostProcess]:

@@ -23,6 +23,10 @@ from qmpd.shortage import shortage
 
 #: Longest path of a Unix socket: `sun_path` has 108 bytes and ends with a NUL (unix(7)).
 PATH_LIMIT: Final = 107
+#: Descriptors passed by systemd begin here (sd_listen_fds(3)).
+FIRST_PASSED: Final = 3
+#: What a unit calls those at which machines of peers are awaited (`FileDescriptorName=`); all others are for the API.
+MIGRATION: Final = "migration"
 #: Clients that may wait before QEMU runs. QEMU sets its own backlog when it takes over.
 _BACKLOG: Final = 8
 
@@ -54,6 +58,18 @@ def listening(paths: Mapping[str, str]) -> Iterator[dict[str, socket.socket]]:
         except BaseException:
             _release(bound)
             raise
+
+
+def passed(environ: Mapping[str, str], pid: int, first: int = FIRST_PASSED) -> dict[int, str]:
+    """The descriptors that systemd passed to this very process, and what it calls each. None of them is inherited any further."""
+    if environ.get("LISTEN_PID") != str(pid):
+        return {}
+    count = int(environ.get("LISTEN_FDS", "0"))
+    names = [*environ.get("LISTEN_FDNAMES", "").split(":"), *("" for _ in range(count))]
+    descriptors = range(first, first + count)
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+    return dict(zip(descriptors, names, strict=False))
 
 
 @contextmanager

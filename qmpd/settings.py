@@ -72,7 +72,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     `machines_cgroup` is a directory of cgroup v2 that was given to the daemon's user; machines with limits get their own in it.
     Without it they become scopes of systemd. `listen` are the addresses where the API is offered over TLS too; a caller there needs a
     token or a certificate. `peers` are the other daemons that machines may be moved to and from. `migration_listen` is the address
-    at which machines of peers are awaited (default: the host of the first `listen`, else the loopback), on the ports `migration_ports`.
+    at which machines of peers are awaited (default: the host of the first `listen`, else the loopback), on the ports `migration_ports`;
+    not where systemd passes sockets for that.
     `audit_log_mib` is what the audit log may take.
     """
 

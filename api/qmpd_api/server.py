@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from aiohttp import web
 
 from qmpd.errors import HostError, Problem, invalid
-from qmpd.listeners import bound_listeners
+from qmpd.listeners import FIRST_PASSED, MIGRATION, bound_listeners, passed
 from qmpd_api.exchange import LIMITS
 from qmpd_api.identity import TRUST
 from qmpd_api.peers import PEERS
@@ -32,8 +32,6 @@ BACKLOG: Final = 512
 #: Who may connect: the daemon's user, and the group where there is one.
 OWNER_ONLY: Final = 0o600
 OWNER_AND_GROUP: Final = 0o660
-#: Descriptors passed by systemd begin here (sd_listen_fds(3)).
-FIRST_PASSED: Final = 3
 MAX_PORT: Final = 65_535
 #: A handshake is two round trips; this allows for the other side of the world and a busy host. Who is slower is sent away.
 HANDSHAKE_S: Final = 10.0
@@ -84,23 +82,22 @@ async def answering(app: web.Application, listeners: list[socket.socket], *, sec
 
 
 def passed_sockets(environ: Mapping[str, str], pid: int, first: int = FIRST_PASSED) -> list[socket.socket]:
-    """The listening sockets systemd passed to this very process, from descriptor `first` on; none where it passed none.
+    """The listening sockets systemd passed to this very process for the API, from descriptor `first` on; none where it passed none.
 
     Raises:
         HostError: one of them is not a Unix stream socket. TCP needs TLS, and is not opened by accident.
     """
-    if environ.get("LISTEN_PID") != str(pid):
-        return []
     with ExitStack() as undo:
-        passed = []
-        for descriptor in range(first, first + int(environ.get("LISTEN_FDS", "0"))):
-            os.set_inheritable(descriptor, False)
+        found = []
+        for descriptor, name in passed(environ, pid, first).items():
+            if name == MIGRATION:
+                continue
             listener = undo.enter_context(socket.socket(fileno=descriptor))
             if listener.family != socket.AF_UNIX or listener.type != socket.SOCK_STREAM:
                 raise HostError(f"descriptor {descriptor} passed by systemd is not a Unix stream socket")
-            passed.append(listener)
+            found.append(listener)
         undo.pop_all()
-        return passed
+        return found
 
 
 @asynccontextmanager

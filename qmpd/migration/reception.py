@@ -28,6 +28,7 @@ from qmpd.migration.itemdesk import Delivery, ItemDesk
 from qmpd.migration.items import targets
 from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.outgoing import Before
+from qmpd.migration.ports import Ports
 from qmpd.migration.progress import NONE
 from qmpd.migration.protocol import Acceptance, Channel, ConsoleEnd, Endpoint, LogReceived, Offer
 from qmpd.migration.qemu import ask_map, run_state
@@ -75,10 +76,11 @@ class Awaited:
 class Reception:
     """Receives machines on one host."""
 
-    def __init__(self, settings: Settings, paths: Callable[[str], MachinePaths], desk: ItemDesk, publish: Publish) -> None:
+    def __init__(self, settings: Settings, paths: Callable[[str], MachinePaths], desk: ItemDesk, ports: Ports, publish: Publish) -> None:
         self._settings = settings
         self._paths = paths
         self._desk = desk
+        self._ports = ports
         self._publish = publish
 
     async def arranged(self, offer: Offer, spec: MachineSpec, facts: DestinationFacts) -> Arranged:
@@ -123,9 +125,9 @@ class Reception:
             stays=STAYS in launch.features,
         )
         door = endpoint = None
-        disks_at = await incoming.receive_disks(machine.session, wanted)
+        disks_at = await incoming.receive_disks(machine.session, wanted, self._ports.bound)
         if isinstance(wanted.memory, TcpRange):
-            door = await opened(wanted.memory)
+            door = await opened(wanted.memory, self._ports.bound)
             nbd = disks_at.port if isinstance(disks_at, TcpAddress) else None
             endpoint = Endpoint(host=wanted.memory.host, port=door.port, tls_name=peer.owner, secret=door.secret, nbd_port=nbd)
         else:  # what comes through the tunnel is led on to QEMU here

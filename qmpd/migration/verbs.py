@@ -23,6 +23,7 @@ from qmpd.migration.itemdesk import ItemDesk
 from qmpd.migration.ledger import Entry, Ledger
 from qmpd.migration.likeness import DestinationFacts
 from qmpd.migration.phases import ENDED, KEEPABLE, UNOWNED, Phase
+from qmpd.migration.ports import Ports
 from qmpd.migration.premises import Premises
 from qmpd.migration.protocol import Acceptance, Channel, DiscardRequest, Endpoint, Handover, Landed, LoadedRequest, Offer, Standing
 from qmpd.migration.reception import Reception
@@ -76,6 +77,7 @@ class Migration:
         planning: Planning,
         admissions: Admissions,
         items: ItemDesk,
+        ports: Ports,
         publish: Publish,
         refuse: Callable[[str], None],
     ) -> None:
@@ -99,7 +101,7 @@ class Migration:
             planning=planning,
             premises=premises,
             bases=bases,
-            reception=Reception(settings, registry.paths, items, publish),
+            reception=Reception(settings, registry.paths, items, ports, publish),
             admissions=admissions,
             peering=peering,
             tasks=self._tasks,

@@ -83,13 +83,14 @@ async def daemon(
     peers: Sequence[Peer] = (),
     limits: Limits | None = None,
     emulators: Sequence[str] = (),
+    awaiting: Sequence[socket.socket] = (),
 ) -> AsyncIterator[Daemon]:
-    """A daemon that answers over TLS on `listener`."""
+    """A daemon that answers over TLS on `listener`, and awaits machines at `awaiting` if there are any."""
 
     def dial(there: Peer) -> AbstractAsyncContextManager[PeerClient]:
         return dialled(there, str(pki.directory))
 
-    async with running(settings(directory, pki, peers, emulators), {}, dial) as service:
+    async with running(settings(directory, pki, peers, emulators), {}, dial, awaiting) as service:
         trust = await asyncio.to_thread(loaded, str(pki.directory), service.peering.peers)
         app = create(service, limits or Limits(shutdown_s=0.1), names=trust.names)
         app[TRUST] = trust

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import socket
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
+from pathlib import Path
 
 import pytest
 
-from qmpd.errors import MigrationFailed
-from qmpd.migration import capabilities
+from qmpd.errors import HostError, MigrationFailed
+from qmpd.migration import capabilities, ports
 from qmpd.migration.addresses import TcpAddress, TcpRange
-from qmpd.migration.incoming import Listen, listen, wait_loaded
-from qmpd.migration.ports import bound, port_of
+from qmpd.migration.incoming import Listen, listen, receive_disks, wait_loaded
+from qmpd.migration.ports import Ports, bound, passed_ports, port_of
 from qmpd.migration.tls import ClientTls, ServerTls
 from qmpd.monitor import Monitor
+from qmpd_api.server import passed_sockets
+from tests.api.lab import authority, daemon, host, peer, port
+from tests.conftest import end_machines
+from tests.guests.build import Guest
+from tests.guests.ring import missing, read_ring
+from tests.machines import copy_of, spec_of
 from tests.migration.disks import NODE, Writers
 from tests.migration.ends import attempt, go_on, outgoing_to
+from tests.migration.test_moves import moved, printed
+from tests.migration.test_moving_disks import written
 
 HOST = "127.0.0.1"
 PORTS = TcpRange(host=HOST, first=28000, last=28999)
@@ -33,14 +44,23 @@ def is_free(port: int) -> bool:
         return True
 
 
+def listening() -> socket.socket:
+    """A socket as systemd would pass one."""
+    return socket.create_server((HOST, 0))
+
+
+def named(*names: str) -> dict[str, str]:
+    return {"LISTEN_PID": "10", "LISTEN_FDS": str(len(names)), "LISTEN_FDNAMES": ":".join(names)}
+
+
 async def test_each_port_is_had_by_one_alone() -> None:
     with ExitStack() as kept:
-        ports = [port_of(kept.enter_context(await bound(PORTS))) for _ in range(3)]
-        assert len(set(ports)) == 3
-        assert not any(is_free(port) for port in ports)
+        numbers = [port_of(kept.enter_context(await bound(PORTS))) for _ in range(3)]
+        assert len(set(numbers)) == 3
+        assert not any(is_free(number) for number in numbers)
         with pytest.raises(MigrationFailed, match="in use"):
-            await bound(TcpRange(host=HOST, first=ports[0], last=ports[0]))
-    assert all(is_free(port) for port in ports)
+            await bound(TcpRange(host=HOST, first=numbers[0], last=numbers[0]))
+    assert all(is_free(number) for number in numbers)
 
 
 @pytest.mark.qemu
@@ -69,3 +89,82 @@ async def test_nobody_gets_a_port_between_its_choice_and_qemu(
     await writers.written(destination, 4)
     await destination.monitor.execute("stop")
     writers.check(copy, source, destination)
+
+
+def test_only_what_was_passed_for_migrations_is_taken(short_directory: Path) -> None:
+    assert passed_ports({}, 10) == []
+    assert passed_ports(named("migration"), 11) == []
+    with socket.socket(socket.AF_UNIX) as unix, listening() as tcp, socket.socket() as idle:
+        assert passed_ports(named("api"), 10, tcp.fileno()) == []
+        assert passed_sockets(named("migration"), 10, tcp.fileno()) == []
+        for wrong in (unix, idle):
+            with pytest.raises(HostError, match="no TCP socket"):
+                passed_ports(named("migration"), 10, os.dup(wrong.fileno()))
+        inherited = os.dup(tcp.fileno())
+        os.set_inheritable(inherited, True)
+        (taken,) = passed_ports(named("migration"), 10, inherited)
+        with taken:
+            assert port_of(taken) == port_of(tcp)
+            assert not taken.get_inheritable()
+
+
+async def test_a_socket_that_was_passed_is_lent_to_one_at_a_time() -> None:
+    with listening() as one, listening() as two:
+        ours = Ports([one, two])
+        first, second = await asyncio.gather(ours.bound(PORTS), ours.bound(PORTS))
+        assert {port_of(first), port_of(second)} == {port_of(one), port_of(two)}
+        with pytest.raises(MigrationFailed, match="all 2 sockets"):
+            await ours.bound(PORTS)
+        first.close()
+        with second, await ours.bound(PORTS) as again:
+            assert port_of(again) != port_of(second)
+
+
+@pytest.mark.qemu
+async def test_a_socket_is_not_free_as_long_as_a_qemu_has_it(writers: Writers, server_tls: ServerTls) -> None:
+    destination = await writers.destination(writers.image(like=writers.image()))
+    wanted = Listen(memory=PORTS, disks_at=PORTS, disks=(NODE,), tls=server_tls)
+    with listening() as listener:
+        at = await receive_disks(destination.monitor, wanted, Ports([listener]).bound)
+        assert at == TcpAddress(host=HOST, port=port_of(listener))
+        with pytest.raises(MigrationFailed, match="all 1 sockets"):  # the next daemon knows it as well
+            await Ports([listener]).bound(PORTS)
+        await destination.monitor.execute("quit")
+        await destination.emulator.process.wait()
+        (await Ports([listener]).bound(PORTS)).close()
+
+
+@pytest.mark.qemu
+async def test_machines_come_to_the_sockets_that_were_passed(
+    short_directory: Path, guests: dict[str, Guest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def none(where: TcpRange) -> socket.socket:
+        raise AssertionError(f"a port of {where} was bound")
+
+    monkeypatch.setattr(ports, "bound", none)
+    guest = copy_of(guests["x86_64-pc-blocks"], short_directory)
+    there = short_directory / "there.raw"
+    root = authority(short_directory / "ca")
+    async with AsyncExitStack() as stack:
+        doors = [stack.enter_context(port()) for _ in range(2)]
+        awaiting = [stack.enter_context(listening()) for _ in range(2)]
+        made = []
+        for name, other, sockets in (("a", 1, ()), ("b", 0, awaiting)):
+            pki = host(root, short_directory / name / "pki", name)
+            known = (peer("ab"[other], doors[other][1]),)
+            listener = doors[1 - other][0]
+            made.append(await stack.enter_async_context(daemon(name, short_directory / name, pki, listener, known, awaiting=sockets)))
+            stack.push_async_callback(end_machines, made[-1].service)
+        a, b = made
+        await a.service.create(spec_of(guest, "writer"), start=True)
+        await written(a, "writer", 20)
+        await moved(a, "writer", "b", disks=[{"disk": 0, "how": "copy", "path": str(there)}])
+        last = await written(b, "writer", 20)
+        # Its QEMU may have one of them still; the other one is free again.
+        await a.service.create(spec_of(copy_of(guests["x86_64-q35"], short_directory), "counter"), start=True)
+        await printed(a, "counter", 100)
+        await moved(a, "counter", "b")
+        await printed(b, "counter", 100)
+        await b.service.stop("writer")
+        ring = read_ring(there)
+        assert (ring.newest >= last, ring.torn, missing(ring, last)) == (True, (), ())
