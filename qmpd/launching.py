@@ -127,6 +127,7 @@ async def prepared(what: Launch, definition: Definition) -> AsyncIterator[tuple[
     try:
         yield process, record
     except LaunchFailed as error:
+        await tpm.dismissed(process.companion)
         raise await tpm.explained(error, process.companion, what.plan.tpm) from error
     finally:
         if process.exit is not None:

@@ -3,6 +3,8 @@
 Both wait behind gates, are recorded together, and are let go one after the other, QEMU first. They are connected by a pair of sockets
 without a name: nobody else can reach the TPM. A daemon that dies in between leaves a QEMU whose TPM never answers: it ends.
 
+Two of them never have one state: swtpm locks it as soon as QEMU opens the TPM, and refuses one that is locked.
+
 swtpm ends by itself when QEMU does, provided that QEMU has opened the TPM before (7.2 and swtpm 0.7.1: without that it waits for ever).
 So whoever sees a QEMU end, or finds that it has ended, also ends the swtpm that was recorded with it, and only then is the record removed.
 
@@ -26,7 +28,7 @@ from typing import Final
 import msgspec
 
 from qmpd.capture import tail_of
-from qmpd.errors import HostError, LaunchFailed
+from qmpd.errors import HostError, LaunchFailed, QmpdError
 from qmpd.plan import TpmEmulator
 from qmpd.process import Gate, Identity, NotOurs, QemuProcess, adopt, describe, discard, gate
 from qmpd.shortage import shortage
@@ -35,8 +37,10 @@ from qmpd.throwaway import ENVIRONMENT, leash
 
 #: swtpm ends within milliseconds when it is asked to, unless it waits for a disk that hangs.
 END_LIMIT_S: Final = 10.0
-#: The ends of two processes are seen one after the other: by then it is known whether QEMU ended too.
+#: The ends of two processes are seen one after the other: by then it is known whether QEMU ended too, after a swtpm that failed.
 QEMU_END_S: Final = 5.0
+#: The same after a swtpm that ended in order, as it does when QEMU lets go of it: the kernel has a guest's memory to give back.
+QEMU_IN_ORDER_S: Final = 60.0
 #: So much of what swtpm said goes into an error.
 SAID_LINES: Final = 3
 #: How QEMU begins what it says about it.
@@ -124,16 +128,15 @@ async def lent(tpm: TpmEmulator | None) -> AsyncIterator[Mapping[str, int]]:
 @asynccontextmanager
 async def accompanied(name: str, process: QemuProcess, recorded: Identity | None, publish: Publish) -> AsyncIterator[None]:
     """Watches the TPM of a QEMU as long as the block lasts; `recorded` is who it is. When QEMU has ended it is gone at the end."""
-    lost = ""
     if process.companion is None and recorded is not None:
         try:
             process.companion = await adopt(recorded)
         except NotOurs as error:
-            lost = str(error)
+            _lost(name, process, f"it ended while nobody looked: {error}", publish)
+        except (QmpdError, OSError) as error:
+            _log.warning("the TPM of a machine is not watched", extra={"machine": name, "error": str(error)})
     companion = process.companion
     if companion is None:
-        if lost:
-            _lost(name, process, f"it ended while nobody looked: {lost}", publish)
         yield
         return
     try:
@@ -147,7 +150,8 @@ async def accompanied(name: str, process: QemuProcess, recorded: Identity | None
 
 async def _watch(name: str, process: QemuProcess, companion: QemuProcess, publish: Publish) -> None:
     status = await companion.wait()
-    await asyncio.wait([process.over], timeout=QEMU_END_S)
+    failed = status.signal is not None or status.code not in {None, 0}
+    await asyncio.wait([process.over], timeout=QEMU_END_S if failed else QEMU_IN_ORDER_S)
     if not process.over.done():
         _lost(name, process, f"swtpm ended with {describe(status)}", publish)
 

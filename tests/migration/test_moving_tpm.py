@@ -150,6 +150,7 @@ async def test_a_tpm_stays_when_another_qemu_takes_the_place(service: Service, s
         before = now
     state = Path(settings.state_dir) / "machines" / NAME
     assert [path.name for path in state.glob("tpm*") if path.is_dir()] == ["tpm"]
+    assert "machine.tpm-lost" not in {event.kind for event in (await service.events_page(0, 1000, NAME)).events}
     os.kill(before.pid, signal.SIGKILL)
     async with asyncio.timeout(HUNG_S):
         while "machine.tpm-lost" not in {event.kind for event in (await service.events_page(0, 1000, NAME)).events}:

@@ -26,12 +26,13 @@ from qmpd.facts import Confinement
 from qmpd.hostcheck.resources import mounts
 from qmpd.lifecycle import State
 from qmpd.process import Identity, QemuProcess, gate, launch
-from qmpd.record import RECORD_NAME
+from qmpd.record import RECORD_NAME, read_record
 from qmpd.settings import Settings
-from qmpd.spec import Limits, MachineSpec
+from qmpd.spec import Limits, MachineSpec, Tpm
 from qmpd.systemd import Property, Systemd, systemd
 from qmpd.views import StartRequest
 from tests.process.emulator import PATIENCE_S
+from tests.unavailable import tool
 
 #: Longer than any test; what runs in a place is killed by its test.
 PROGRAM = ("/bin/sleep", "3600")
@@ -277,6 +278,31 @@ async def test_all_of_qemu_is_in_the_scope_of_its_machine_and_the_next_daemon_kn
     async with asyncio.timeout(PATIENCE_S):
         while scope.exists():
             await asyncio.sleep(0.02)
+
+
+@pytest.mark.qemu
+async def test_a_tpm_is_in_the_scope_of_its_machine(bus: str, place: Path, settings: Settings) -> None:
+    tool("swtpm", "swtpm")
+    scope = place / "qmpd.slice" / "qmpd-web.scope"
+    async with daemon(settings, {}) as service:
+        service._worlds.confiner = Known(settings, bus)
+        await service.create(msgspec.structs.replace(LIMITED, tpm=Tpm()), start=True)
+        swtpm = read_record(f"{settings.run_dir}/m/web").tpm
+        assert swtpm is not None
+        assert {int(line) for line in (scope / "cgroup.procs").read_text().split()} == {service.machine("web").pid, swtpm.pid}
+        await service.kill("web")
+    async with asyncio.timeout(PATIENCE_S):
+        while scope.exists():
+            await asyncio.sleep(0.02)
+
+
+async def test_a_cgroup_takes_more_processes_than_one(confiner: Confiner, place: Path, tmp_path: Path) -> None:
+    other = await asyncio.create_subprocess_exec(*PROGRAM)
+    async with confiner.admission("web", Limits()) as admit, running(tmp_path, lambda pids: admit([*pids, other.pid])) as process:
+        found = {int(line) for line in (place / "web" / "cgroup.procs").read_text().split()}
+        assert found == {process.identity.pid, other.pid}
+    other.kill()
+    await other.wait()
 
 
 @pytest.mark.qemu
