@@ -35,7 +35,9 @@ from qmpd.shortage import shortage
 from qmpd.tasks import alongside
 from qmpd.throwaway import ENVIRONMENT, leash
 
-#: swtpm ends within milliseconds when it is asked to, unless it waits for a disk that hangs.
+#: swtpm ends by itself within milliseconds after its QEMU, and writes what it has to; one that QEMU never spoke to waits for ever.
+OWN_END_S: Final = 1.0
+#: The same when it is asked to, unless it waits for a disk that hangs.
 END_LIMIT_S: Final = 10.0
 #: The ends of two processes are seen one after the other: by then it is known whether QEMU ended too, after a swtpm that failed.
 QEMU_END_S: Final = 5.0
@@ -166,6 +168,7 @@ async def dismissed(companion: QemuProcess | None) -> None:
     """Ends a swtpm whose QEMU has ended, and returns when it is gone, or cannot be ended."""
     if companion is None:
         return
+    await asyncio.wait([companion.over], timeout=OWN_END_S)
     for number in (signal.SIGTERM, signal.SIGKILL):
         if companion.over.done():
             return

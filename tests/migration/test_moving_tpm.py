@@ -25,6 +25,7 @@ from tests.guests.build import Guest
 from tests.guests.tpmtrace import MEASURED, WORKS, said, tpms_below
 from tests.machines import copy_of, spec_of
 from tests.migration.test_moves import ended, known, moved, pair, printed
+from tests.migration.test_moving_logs import gone
 from tests.migration.test_succession import ended as replaced
 from tests.migration.test_succession import killed_at, upgraded
 from tests.newer_qemu import GUESTS, skip_where_it_differs
@@ -103,7 +104,7 @@ async def test_a_migration_that_fails_leaves_the_guest_with_its_tpm(short_direct
             arm("")
         assert job.state == "failed", job
         assert await said(a.service, NAME) == first
-        assert known(b, NAME) is None
+        await gone(b, NAME)
         assert not state_of(short_directory, "b").exists()
         await a.service.kill(NAME)
 
