@@ -158,8 +158,9 @@ def is_shared(wanted: DiskOffer, disk: ImageDisk | BlankDisk) -> bool:
         return False
     if wanted.how != "auto":
         return wanted.how == "shared"
-    mark = mark_of(disk.path)
-    return mark is not None and mark == wanted.mark
+    mark, there = mark_of(disk.path), wanted.mark
+    # Not their sizes: an image may have grown since the source looked at it.
+    return mark is not None and there is not None and (mark.boot_id, *_inode(mark)) == (there.boot_id, *_inode(there))
 
 
 def _target(wanted: DiskOffer, spec: MachineSpec, paths: MachinePaths) -> str:

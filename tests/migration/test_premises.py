@@ -89,6 +89,8 @@ async def test_what_is_there_already_is_seen(premises: Premises, settings: Setti
     assert mark is not None
     there = await disk_of(premises, disk, copied(how="auto", mark=msgspec.to_builtins(mark)))
     assert (there.how, there.exists, there.same, there.format) == ("shared", True, True, None)
+    grew = await disk_of(premises, disk, copied(how="auto", mark=msgspec.to_builtins(replace(mark, size=mark.size - 1))))
+    assert (grew.how, grew.same) == ("shared", True)
     other = await disk_of(premises, disk, copied(mark=msgspec.to_builtins(replace(mark, inode=mark.inode + 1))))
     assert (other.how, other.exists, other.same, other.format) == ("copy", True, False, "qcow2")
 
