@@ -46,6 +46,9 @@ def copy_findings(original: MachineSpec, copy: MachineSpec) -> Iterator[Migratio
         if any(own in text for own in _OWN):
             mend = "change the copy's before it is started"
             yield found("warning", "mac-kept", "this option may be the original's alone", path=f"$.extra_args[{index}]", mend=mend)
+    if original.tpm is not None:
+        message = "the copy's TPM has the state of the original's, with its keys: what is sealed with them on the disks can be opened"
+        yield found("info", "tpm-kept", message, path="$.tpm")
     if original.autostart:
         yield found("info", "autostart-off", "the copy is not started with its host", path="$.autostart")
 

@@ -24,10 +24,11 @@ from qmpd.facts import MachinePaths
 from qmpd.failpoint import failpoint, passing
 from qmpd.jobs import Report
 from qmpd.machine import Machine
+from qmpd.migration.arrivingfiles import private, trouble
 from qmpd.migration.discrepancy import found
 from qmpd.migration.diskoffers import node_of
 from qmpd.migration.extents import allocated
-from qmpd.migration.items import Target, targets
+from qmpd.migration.items import MAX_TPM_BYTES, Target, targets
 from qmpd.migration.media import media
 from qmpd.migration.mirror import STALL_LIMIT_S, DiskCopy, Mirrors, drop_all
 from qmpd.migration.parcels import Parcel
@@ -44,6 +45,8 @@ from qmpd.views import Progress
 MIB: Final = 1024 * 1024
 #: What stays free beside a machine's images: its guest goes on writing to them.
 SPARE_BYTES: Final = 64 * MIB
+#: Whoever may read the original is not asked: for its time the image is the daemon's alone.
+PRIVATE: Final = 0o600
 #: A guest that writes all the time is never caught up with. What so little is left of for so long is made up for while it stands still.
 LITTLE_BYTES: Final = 64 * MIB
 PATIENCE_S: Final = 5.0
@@ -55,10 +58,13 @@ _log = logging.getLogger(__name__)
 
 class Still(msgspec.Struct, frozen=True, kw_only=True):
     """An image to be made of what node `node` has in the file `original`, which has `used_bytes`; the guest sees `size_bytes` of it.
-    It lies upon the same `base` as the original."""
+    It lies upon the same `base` as the original.
+
+    Without a node it is a small file that changes only on behalf of the guest.
+    """
 
     item: str
-    node: str
+    node: str | None
     original: str
     path: str
     format: DiskFormat
@@ -105,11 +111,13 @@ async def planned(machine: Machine, paths: MachinePaths, migration: str) -> tupl
             node, image_format = inserted[index].node if index in inserted else node_of(index), spec.disks[index].format
         elif target.kind == "vars" and isinstance(spec.firmware, PflashFirmware):
             node, image_format = _VARIABLES, spec.firmware.format
+        elif target.kind == "tpm" and await asyncio.to_thread(Path(target.path).exists):
+            node, image_format = None, "raw"
         else:
             continue
-        if node not in sizes:
+        if node is not None and node not in sizes:
             raise CannotMove(f"QEMU does not say what it has in {item}: copy the machine while it does not run")
-        size_bytes, used_bytes = sizes[node]
+        size_bytes, used_bytes = (0, MAX_TPM_BYTES) if node is None else sizes[node]
         original = Path(await asyncio.to_thread(os.path.realpath, target.path))
         stills.append(
             Still(
@@ -155,7 +163,18 @@ def make(stills: Iterable[Still]) -> None:
     """Makes the images, empty. Blocks. Raises NoSpace, HostError."""
     failpoint("still-make")
     for still in stills:
-        replace(BlankImage(path=still.path, format=still.format, size_bytes=still.size_bytes, base=still.base))
+        if still.node is not None:
+            replace(BlankImage(path=still.path, format=still.format, size_bytes=still.size_bytes, base=still.base))
+            Path(still.path).chmod(PRIVATE)
+
+
+def _copied(files: Iterable[Still]) -> None:
+    for file in files:
+        try:
+            with open(file.path, "xb", opener=private) as copy:
+                copy.write(Path(file.original).read_bytes())
+        except OSError as error:
+            raise trouble(error, Path(file.original)) from error
 
 
 def remove(paths: Iterable[str]) -> None:
@@ -178,7 +197,9 @@ class Exposure:
         copies = [
             DiskCopy(node=one.node, export=one.item, top=one.base is not None, path=one.path, format=one.format, base=one.base)
             for one in stills
+            if one.node is not None
         ]
+        self._files = tuple(one for one in stills if one.node is None)
         self._mirrors = Mirrors(qemu, copies, None, None, prefix=_prefix(migration))
 
     async def follow(self, report: Report) -> None:
@@ -214,6 +235,7 @@ class Exposure:
             await passing("still-halted")
             await self._caught_up()
             await self._mirrors.finish()
+            await asyncio.to_thread(_copied, self._files)
         finally:
             if ran:
                 await undivided(_set_going(self._qemu), "set-going")

@@ -18,21 +18,24 @@ from qmpd.lifecycle import State
 from qmpd.migration import delivery, stills
 from qmpd.migration.extents import allocated
 from qmpd.migrationviews import CopyReport, DryRunReport, MigrateRequest
+from qmpd.plan.disks import is_read_only
 from qmpd.spec import BlankDisk, MachineSpec
 from qmpd.views import HostShutdownRequest, HostShutdownView, JobView, QmpRequest, StartRequest
 from tests.api.lab import Daemon
 from tests.guests.build import Guest
 from tests.guests.ring import missing, read_ring
+from tests.guests.tpmtrace import said
 from tests.machines import copy_of, spec_of
 from tests.migration.linuxguest import PACKAGE, is_there, linux_spec
 from tests.migration.test_moves import HUNG_S, LOOK_S, ended, known, pair
 from tests.migration.test_moving_at_rest import MIB, arriving, choice_of
 from tests.migration.test_moving_disks import written
 from tests.migration.test_moving_logs import gone, hosts, phase_at
+from tests.migration.test_moving_tpm import NAME, machine, state_of
 from tests.migration.test_moving_variables import uefi, variables
 from tests.unavailable import unavailable
 
-__all__ = ["uefi"]
+__all__ = ["machine", "uefi"]
 
 pytestmark = pytest.mark.qemu
 
@@ -127,8 +130,8 @@ async def test_the_disks_of_a_copy_are_of_one_moment(short_directory: Path) -> N
             assert min(first.newest, second.newest) >= last
             assert abs(first.newest - second.newest) <= 1
             assert missing(first, first.newest) == missing(second, second.newest) == ()
-        said = [event.data["state"] for event in (await a.service.events_page(0, 1000, "writer")).events if event.kind == "machine.state"]
-        assert said[-6:] == ["paused", "running"] * 3
+        states = [event.data["state"] for event in (await a.service.events_page(0, 1000, "writer")).events if event.kind == "machine.state"]
+        assert states[-6:] == ["paused", "running"] * 3
 
 
 async def test_a_paused_machine_is_copied_and_stays_paused(short_directory: Path, writing: Guest) -> None:
@@ -286,3 +289,24 @@ async def test_what_fails_leaves_the_guest_running(short_directory: Path, writin
                 await asyncio.sleep(LOOK_S)
         await untouched(a)
         await written(a, "writer", 10)
+
+
+@pytest.mark.parametrize("runs", [True, False], ids=["runs", "at rest"])
+async def test_a_copy_has_the_tpm_of_its_original(short_directory: Path, machine: MachineSpec, runs: bool) -> None:
+    async with pair(short_directory) as (a, b):
+        await a.service.create(machine, start=True)
+        before = await said(a.service, NAME)
+        if not runs:
+            await a.service.stop(NAME)
+        writable = [number for number, disk in enumerate(machine.disks) if not is_read_only(disk)]
+        report = await copied(a, NAME, disks=[choice_of(short_directory / f"{number}.raw", number) for number in writable])
+        assert ("info", "tpm-kept") in [(finding.severity, finding.code) for finding in report.findings]
+        (state,) = state_of(short_directory, "b").iterdir()
+        assert state.stat().st_mode & 0o777 == 0o600
+        assert left(short_directory) == []
+        await b.service.start(NAME, StartRequest())
+        after = await said(b.service, NAME)
+        assert (after.code, after.register) == (before.code, before.register)
+        assert after.resets >= before.resets
+        if runs:
+            assert await said(a.service, NAME) == before

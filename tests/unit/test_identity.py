@@ -6,7 +6,7 @@ import msgspec
 
 from qmpd.migration.discrepancy import found
 from qmpd.migration.identity import copy_findings, mended_for_copy, renewed
-from qmpd.spec import DisconnectedNic, Forward, MachineSpec, UserNic
+from qmpd.spec import DisconnectedNic, Forward, MachineSpec, Tpm, UserNic
 
 UUIDS = ("00000000-0000-4000-8000-000000000001", "00000000-0000-4000-8000-000000000002")
 MACS = ("52:54:00:00:00:01", "52:54:00:00:00:02")
@@ -18,6 +18,7 @@ ORIGINAL = MachineSpec(
     devices=({"driver": "e1000e", "mac": "52:54:00:00:00:03"}, {"driver": "edu"}),
     extra_args=("-device", "e1000,mac=52:54:00:00:00:04", "-no-hpet"),
     labels={"tier": "web"},
+    tpm=Tpm(),
     autostart=True,
     protected=True,
 )
@@ -42,6 +43,7 @@ def test_what_is_otherwise_and_what_is_not_is_said() -> None:
         ("info", "mac-new", "$.nics[1]"),
         ("warning", "mac-kept", "$.devices[0]"),
         ("warning", "mac-kept", "$.extra_args[1]"),
+        ("info", "tpm-kept", "$.tpm"),
         ("info", "autostart-off", "$.autostart"),
     ]
 
