@@ -144,9 +144,7 @@ class Copies:
         report.point_of_no_return(f"{peer.name} is making its copy of machine {departure.machine.name!r} its own")
         await undivided(self._ledger.step(entry.id, Step.RELEASE), f"release:{entry.machine}")
         departure.release()
-        outcome = await carried.reported(departure, entry)
-        await self._exposures.clear(entry)
-        return outcome
+        return await carried.reported(departure, entry)
 
     def standing(self, entry: Entry) -> Standing:
         """How far this side is."""
@@ -232,7 +230,10 @@ class Copies:
         else:
             departure = self._under_way[entry.id] = Departure(entry.id, machine, VERB)
             async with self._peering.dial(self._peering.peers.get(entry.peer)) as link:
-                await self._delivered(departure, link)
+                try:
+                    await self._delivered(departure, link)
+                except MigrationFailed as error:
+                    _log.warning("a copy did not come about", extra={"machine": entry.machine, "reason": error.message})
 
     # What follows when it is decided.
 

@@ -14,6 +14,7 @@ from qmpd.machine import Machine
 from qmpd.migration.delivery import Departure
 from qmpd.migration.items import targets
 from qmpd.migration.ledger import Entry, Ledger
+from qmpd.migration.phases import KEEPABLE
 from qmpd.migration.shipping import LIVE
 from qmpd.migration.stills import Exposure, check_room, make, planned, put_back, remove
 from qmpd.registry import Registry
@@ -63,7 +64,7 @@ class Exposures:
         entry = self._ledger.get(entry.id)
         if not entry.made and not entry.went:
             return
-        machine = self._registry.known(entry.machine)
+        machine = self._registry.known(entry.machine) if entry.phase in KEEPABLE else None  # later only files are left
         if machine is not None and entry.offer.copy_of is not None and machine.definition.uuid == entry.offer.copy_of.uuid:
             await self._put_back(machine, entry)
         await asyncio.to_thread(remove, entry.made)
