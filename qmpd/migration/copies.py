@@ -197,10 +197,10 @@ class Copies:
     # After a restart of the daemon.
 
     def restore(self) -> None:
-        """Before processes are taken over: holds the machines of which something has to be put right before others may do anything."""
+        """Before processes are taken over: holds the machines whose guests may stand still for a copy, until they go on."""
         for entry in self._ledger.unsettled("source"):
             machine, of = self._registry.known(entry.machine), entry.offer.copy_of
-            if of is None or machine is None or machine.definition.uuid != of.uuid or entry.phase not in KEEPABLE:
+            if of is None or machine is None or machine.definition.uuid != of.uuid or not entry.went:
                 continue
             departure = Departure(entry.id, machine, VERB)
             try:

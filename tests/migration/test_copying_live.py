@@ -112,6 +112,21 @@ async def test_a_running_machine_is_copied_and_goes_on(short_directory: Path, wr
         in_order(writing.file, last)
 
 
+async def test_a_guest_that_is_never_caught_up_with_is_halted_until_it_is(
+    short_directory: Path, writing: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stills, "PATIENCE_S", -1.0)
+    async with pair(short_directory) as (a, _):
+        await begun(a, writing)
+        last = await written(a, "writer", 5)
+        target = short_directory / "there.raw"
+        report = await copied(a, copy={"name": "second"}, disks=[choice_of(target)])
+        assert report.halted_ms is not None
+        in_order(target, last)
+        await untouched(a)
+        await written(a, "writer", 10)
+
+
 async def test_the_disks_of_a_copy_are_of_one_moment(short_directory: Path) -> None:
     """Its guest writes each block to the one disk and then to the other: in a copy they are one apart at most."""
     if not is_there():
