@@ -33,9 +33,11 @@ from qmpd.migration.withdrawal import Withdrawals, reason_of
 from qmpd.migrationviews import DryRunReport, GoalChanges, MigrateRequest, MigrationReport
 from qmpd.peering import Peering
 from qmpd.peers import PeerDaemon
+from qmpd.plan.disks import base_of
 from qmpd.registry import Registry
 from qmpd.settings import Peer
 from qmpd.tasks import Tasks, undivided
+from qmpd.views import Progress
 
 #: States in which all of a machine can be moved: by its QEMU while it lives, as files while it does not.
 MOVABLE: Final = LIVE | AT_REST
@@ -97,6 +99,8 @@ class Departures:
         departure.hold()
         try:
             machine.require(MOVABLE, "migrate")
+            if any(base_of(disk) is not None for disk in machine.definition.spec.disks):
+                await report(Progress(phase="what its disks lie upon is read"))
             offer, before = await self._shipping.offer(machine, request, departure.migration)
             if offer.state == "stopped":
                 await self._registry.check_free(machine)

@@ -10,16 +10,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from qmpd.errors import CannotMove, Invalid, NotYet
+from qmpd.errors import CannotMove, Invalid
 from qmpd.lifecycle import State
-from qmpd.migration import bases, delivery
+from qmpd.migration import delivery
 from qmpd.migration.bases import Bases
 from qmpd.migration.consignment import check_bases
 from qmpd.migration.likeness import BaseThere, SourceDisk, TargetDisk
 from qmpd.migration.protocol import BaseOffer, DiskOffer
 from qmpd.migrationviews import MigrateRequest
 from qmpd.spec import BaseImage, DiskFormat, ImageDisk, MachineSpec
-from qmpd.tasks import background
 from qmpd.views import StartRequest
 from tests.api.lab import Daemon
 from tests.guests.build import Guest
@@ -276,56 +275,6 @@ def test_a_shared_disk_must_have_the_same_base_on_both_hosts() -> None:
         assert codes(DEPARTURE, msgspec.structs.replace(ARRIVAL, disks=(shared,))) == findings
 
 
-def offered(path: Path, digest: str) -> BaseOffer:
-    return BaseOffer(path=str(path), format="raw", size=path.stat().st_size, digest=digest)
-
-
-async def test_a_base_is_read_once_by_all_daemons_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, cache = tmp_path / "base.raw", tmp_path / "cache"
-    base.write_bytes(random.Random(1).randbytes(3 * MIB))
-    async with background() as tasks:
-        ours = Bases(tasks, (str(tmp_path),), str(cache))
-        first = await ours.offered(BaseImage(path=str(base), format="raw"), None)
-        assert (first.path, first.size) == (str(base), 3 * MIB)
-        # What the file says is believed, for that file alone, and as long as nobody has changed it.
-        kept = cache / bases.FILE
-        kept.write_bytes(kept.read_bytes().replace(first.digest[-8:].encode(), b"deadbeef"))
-        theirs = Bases(tasks, (str(tmp_path),), str(cache))
-        assert (await theirs.offered(BaseImage(path=str(base), format="raw"), "/x")).digest.endswith("deadbeef")
-        assert not (await theirs.found(first)).same
-        assert (await ours.found(first)).same
-        await ours.check(first)
-        with base.open("r+b") as file:
-            file.write(b"x")
-        with pytest.raises(CannotMove, match="changed"):
-            await ours.check(first)
-        monkeypatch.setattr(bases, "PATIENCE_S", 0.0)
-        with pytest.raises(NotYet):
-            await ours.found(first)
-        monkeypatch.setattr(bases, "PATIENCE_S", None)
-        assert (await ours.found(first)).why == "it has other contents"
-
-
-async def test_a_peer_learns_nothing_of_what_is_no_base_here(tmp_path: Path) -> None:
-    pool, outside = tmp_path / "pool", tmp_path / "outside"
-    pool.mkdir()
-    for path in (pool / "long", outside):
-        path.write_bytes(bytes(MIB))
-    async with background() as tasks:
-        ours = Bases(tasks, (str(pool),), str(tmp_path / "cache"))
-        found = {
-            path: await ours.found(msgspec.structs.replace(offered(outside, "x"), path=str(path), size=7))
-            for path in (
-                pool / "long",
-                outside,
-                pool / "none",
-                pool,
-            )
-        }
-    assert not any(base.same for base in found.values())
-    assert [base.why.partition(" ")[0] for base in found.values()] == ["it", "outside", "there", "it"]
-
-
 async def test_a_base_that_changes_before_its_qemu_has_it_open_leaves_nothing(
     short_directory: Path, guests: dict[str, Guest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,3 +324,30 @@ async def test_a_copy_lies_upon_the_same_base(short_directory: Path, guests: dic
         assert (await b.service.start("second", StartRequest())).state is State.RUNNING
         await written(b, "second", 5)
         await b.service.kill("second")
+
+
+async def test_what_a_guest_has_zeroed_or_freed_does_not_come_back_from_the_base(short_directory: Path, guests: dict[str, Guest]) -> None:
+    spec = await overlaid(short_directory, guests["x86_64-pc-blocks"])
+    web, image = short_directory / "web.qcow2", short_directory / "there.qcow2"
+    changes = ("write -z -u 10M 1M", "discard 12M 1M", "write -P 7 14M 64k", "write -z 15M 4k")
+    io = await asyncio.create_subprocess_exec(
+        "qemu-io",
+        "-f",
+        "qcow2",
+        "-d",
+        "unmap",
+        *(word for change in changes for word in ("-c", change)),
+        str(web),
+        stdout=asyncio.subprocess.DEVNULL,
+    )
+    assert await io.wait() == 0
+    before = await content(web, short_directory)
+    assert before != base_of(spec).read_bytes()
+    assert not any(before[10 * MIB : 11 * MIB])
+    async with pair(short_directory) as (a, b):
+        await a.service.create(spec, start=True)
+        await written(a, "web", 10)
+        (disk,) = (await moved(a, "web", "b", disks=[{"disk": 0, "how": "copy", "path": str(image)}])).disks
+        assert disk.base == str(base_of(spec))
+        last = await written(b, "web", 10)
+        await check(b, image, short_directory, before, last)
