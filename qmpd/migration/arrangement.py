@@ -23,13 +23,12 @@ from qmpd.storage import examine
 class Arranged(msgspec.Struct, frozen=True, kw_only=True):
     """How a machine will be here: its definition with the paths of this host, and how each disk comes.
 
-    `made` are images that are made outside of the machine's own directory, `bases` what some of them lie upon, `parcels` what else comes.
+    `made` are images that are made outside of the machine's own directory, `parcels` what else comes.
     """
 
     spec: MachineSpec
     disks: tuple[DiskAccepted, ...] = ()
     made: tuple[BlankImage, ...] = ()
-    bases: tuple[BaseOffer, ...] = ()
     parcels: tuple[Parcel, ...] = ()
 
 
@@ -59,9 +58,14 @@ def arranged(offer: Offer, spec: MachineSpec, facts: DestinationFacts, own: Mach
             for wanted in offer.disks
         ),
         made=tuple(_blank(disk, copied[index]) for index, disk in images.items() if offer.state != "stopped"),
-        bases=tuple(bases.values()),
         parcels=tuple(parcel for parcel in offer.parcels if parcel.item not in {f"disk-{index}" for index in shared}),
     )
+
+
+def bases_here(offer: Offer) -> tuple[BaseOffer, ...]:
+    """What the disks of an offer lie upon here; its definition has the paths of this host."""
+    found = ((wanted.base, base_of(offer.spec.disks[wanted.index])) for wanted in offer.disks)
+    return tuple(base for base, here in found if base is not None and here is not None and base.path == here.path)
 
 
 def _path(base: BaseOffer | None) -> str | None:

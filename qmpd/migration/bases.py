@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -105,12 +106,12 @@ class Bases:
             return BaseThere(path=wanted.path, same=False, why=digest.message)
         return BaseThere(path=wanted.path, same=digest == wanted.digest, why="" if digest == wanted.digest else "it has other contents")
 
-    async def check(self, wanted: BaseOffer) -> None:
-        """For a base that was the same, and is open in a QEMU now: raises CannotMove if somebody has changed it in between."""
-        path = await asyncio.to_thread(os.path.realpath, wanted.path)
-        known = await asyncio.to_thread(self._remembered, path)
-        if known != wanted.digest:
-            raise CannotMove(f"{wanted.path} was changed since it was compared with the source's", path=wanted.path)
+    async def check(self, wanted: Sequence[BaseOffer]) -> None:
+        """For bases that were the same: raises CannotMove if somebody has changed one of them since. Reads none."""
+        for base in wanted:
+            path = await asyncio.to_thread(os.path.realpath, base.path)
+            if await asyncio.to_thread(self._remembered, path) != base.digest:
+                raise CannotMove(f"{base.path} was changed since it was compared with the source's", path=base.path)
 
     async def _digest(self, path: str, patience_s: float | None = None) -> str | QmpdError | None:
         """The digest of a file; None where it takes longer."""

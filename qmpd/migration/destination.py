@@ -19,6 +19,7 @@ from qmpd.errors import Busy, CannotMove, Held, MigrationFailed, MonitorUnavaila
 from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Publish
 from qmpd.migration.admission import Admissions
+from qmpd.migration.arrangement import bases_here
 from qmpd.migration.arrival import ANSWER_S, Arrival, Endings, last_words
 from qmpd.migration.bases import Bases
 from qmpd.migration.ledger import Entry, Ledger
@@ -64,6 +65,7 @@ class Arrivals:
     ) -> None:
         self._registry = registry
         self._ledger = ledger
+        self._bases = bases
         self._reception = reception
         self._admissions = admissions
         self._peering = peering
@@ -126,7 +128,7 @@ class Arrivals:
         entry = self._entry(peer, migration)
         arrival = self._arrivals.get(migration)
         if arrival is not None and entry.at_rest:  # the question says that all was sent
-            await undivided(self._endings.note_whole(arrival), f"whole:{entry.machine}")
+            await undivided(self._whole(arrival, entry), f"whole:{entry.machine}")
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while arrival is not None and self._ledger.get(entry.id).phase is Phase.AWAITING:
@@ -303,12 +305,25 @@ class Arrivals:
             if same and self._ledger.get(arrival.migration).phase in {*UNOWNED, Phase.DISCARDED}:  # or waits until that is done
                 await self._endings.discard(arrival, f"the source offered the machine again, as migration {offer.id}")
 
+    async def _whole(self, arrival: Arrival, entry: Entry) -> None:
+        """All of a machine at rest was sent."""
+        try:
+            if entry.phase is Phase.AWAITING:
+                await self._bases.check(bases_here(entry.offer))
+        except CannotMove as error:
+            await self._endings.discard(arrival, error.message)
+        else:
+            await self._endings.note_whole(arrival)
+
     async def _attend(self, arrival: Arrival) -> None:
         """Stays with it until the whole state is here, or it is discarded."""
         self._tasks.start(self._wondering.wonder(arrival), f"wonder:{arrival.machine.name}")
         try:
             async with alongside(self._reception.admit(arrival.machine, arrival.awaited), f"admit:{arrival.machine.name}"):
                 await self._received(arrival)
+            offer = self._ledger.get(arrival.migration).offer
+            if not offer.postcopy:  # there the guest would be lost, which has begun to leave
+                await self._bases.check(bases_here(offer))
             async with arrival.lock:
                 if self._ledger.get(arrival.migration).phase is not Phase.AWAITING:
                     return

@@ -11,7 +11,7 @@ from qmpd.errors import HostError, QmpdError
 from qmpd.journal import timestamp, utc_now
 from qmpd.launching import Launch
 from qmpd.migration.admission import Admissions
-from qmpd.migration.arrangement import Arranged
+from qmpd.migration.arrangement import Arranged, bases_here
 from qmpd.migration.arrival import Arrival, Endings
 from qmpd.migration.bases import Bases
 from qmpd.migration.ledger import Entry, Ledger
@@ -88,8 +88,7 @@ class Preparation:
         machine, offer = arrival.machine, self._ledger.get(arrival.migration).offer
         try:
             await machine.start(msgspec.structs.replace(launch, plan=launch.plan.awaiting(), paused=True, incoming=arrival.migration))
-            for base in arranged.bases:  # QEMU has them open by now, and what they are is not looked at again
-                await self._bases.check(base)
+            await self._bases.check(bases_here(offer))  # QEMU has them open by now
             await self._ledger.note(arrival.migration, before=await self._reception.look(machine))
             facts = msgspec.structs.replace(facts, qemu=await surveyed(machine.session))
             acceptance, arrival.awaited = await self._reception.listen(machine, offer, arranged, launch, peer)

@@ -36,11 +36,11 @@ async def test_a_base_is_read_once_by_all_daemons_and_again_when_it_changes(tmp_
         assert (await theirs.offered(BaseImage(path=str(base), format="raw"), "/x")).digest.endswith("deadbeef")
         assert not (await theirs.found(first)).same
         assert (await ours.found(first)).same
-        await ours.check(first)
+        await ours.check([first])
         with base.open("r+b") as file:
             file.write(b"x")
         with pytest.raises(CannotMove, match="changed"):
-            await ours.check(first)
+            await ours.check([first])
         monkeypatch.setattr(bases, "PATIENCE_S", 0.0)
         with pytest.raises(NotYet):
             await ours.found(first)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -28,7 +29,7 @@ from tests.migration.test_comparison import ARRIVAL, AT_REST, DEPARTURE, SHARED,
 from tests.migration.test_copying_live import copied, in_order, left
 from tests.migration.test_disk_moves import moved as moved_disk
 from tests.migration.test_dry_runs import tried
-from tests.migration.test_moves import ended, moved, pair
+from tests.migration.test_moves import HUNG_S, LOOK_S, ended, moved, pair
 from tests.migration.test_moving_disks import written
 
 pytestmark = pytest.mark.qemu
@@ -275,32 +276,45 @@ def test_a_shared_disk_must_have_the_same_base_on_both_hosts() -> None:
         assert codes(DEPARTURE, msgspec.structs.replace(ARRIVAL, disks=(shared,))) == findings
 
 
-async def test_a_base_that_changes_before_its_qemu_has_it_open_leaves_nothing(
-    short_directory: Path, guests: dict[str, Guest], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("runs", "when"), [(True, 1), (True, 2), (False, 1)])
+async def test_a_base_that_changes_meanwhile_leaves_the_machine_where_it_is(
+    short_directory: Path, guests: dict[str, Guest], monkeypatch: pytest.MonkeyPatch, runs: bool, when: int
 ) -> None:
+    """When its QEMU has just opened it, or at the very end."""
     monkeypatch.setattr(delivery, "OFFER_DEADLINE_S", 0.0)
     spec = await overlaid(short_directory, guests["x86_64-pc-blocks"])
-    there, image = short_directory / "golden.raw", short_directory / "there.qcow2"
-    there.write_bytes(base_of(spec).read_bytes())
-    look = Bases.check
+    base, image = base_of(spec), short_directory / "there.qcow2"
+    if runs:
+        base = short_directory / "golden.raw"
+        base.write_bytes(base_of(spec).read_bytes())
+    look, looks = Bases.check, 0
 
-    async def changed(ours: Bases, wanted: BaseOffer) -> None:
-        assert image.exists()
-        with there.open("r+b") as file:
-            file.write(b"somebody was here")
+    async def changed(ours: Bases, wanted: Sequence[BaseOffer]) -> None:
+        nonlocal looks
+        looks += 1
+        assert [offered.path for offered in wanted] == [str(base)]
+        if looks == when:
+            with base.open("r+b") as file:
+                file.write(base.read_bytes()[:16])
         await look(ours, wanted)
 
     monkeypatch.setattr(Bases, "check", changed)
-    choice = {"disk": 0, "how": "copy", "path": str(image), "base": str(there)}
+    choice = {"disk": 0, "how": "copy", "path": str(image), **({"base": str(base)} if runs else {})}
     async with pair(short_directory) as (a, b):
         await a.service.create(spec, start=True)
         await written(a, "web", 10)
+        if not runs:
+            await a.service.stop("web")
         job = await ended(a, await a.service.migration.migrate("web", msgspec.convert({"peer": "b", "disks": [choice]}, MigrateRequest)))
         assert "was changed since" in str(job.error)
-        assert a.service.machine("web").state is State.RUNNING
-        assert b.service.machines({}, None).machines == ()
+        assert looks == when
+        assert a.service.machine("web").state is (State.RUNNING if runs else State.STOPPED)
+        async with asyncio.timeout(HUNG_S):
+            while b.service.machines({}, None).machines:
+                await asyncio.sleep(LOOK_S)
         assert not image.exists()
-        await written(a, "web", 5)
+        if runs:
+            await written(a, "web", 5)
 
 
 @pytest.mark.parametrize("runs", [True, False])
