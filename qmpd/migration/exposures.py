@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Final
 
 import msgspec
 
-from qmpd.errors import MonitorUnavailable
+from qmpd.errors import MonitorUnavailable, QmpdError
 from qmpd.jobs import Report
 from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine
@@ -48,7 +49,10 @@ class Exposures:
         exposure = Exposure(machine.session, stills, entry.id)
         await exposure.follow(report)
         await self._ledger.note(entry.id, went=machine.state is State.RUNNING)
-        await exposure.finish()
+        try:
+            await exposure.finish()
+        finally:
+            await _seen(machine)
         parcels = await asyncio.to_thread(lambda: tuple(still.parcel() for still in stills))
         await self._ledger.note(entry.id, went=False, offer=msgspec.structs.replace(entry.offer, parcels=parcels))
         files = targets(entry.offer.spec, paths)
@@ -77,3 +81,10 @@ class Exposures:
         if not machine.has_process:
             raise MonitorUnavailable(f"machine {machine.name!r} is {machine.state}")
         await put_back(machine.session, entry.id, halted=entry.went)
+        await _seen(machine)
+
+
+async def _seen(machine: Machine) -> None:
+    """The state is the one that QEMU has now: many events of the mirrors may wait before the one that says that the guest goes on."""
+    with suppress(QmpdError):
+        await machine.session.ask_status(machine.session.monitor)
