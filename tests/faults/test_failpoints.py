@@ -34,7 +34,7 @@ FURTHER = {
 }
 #: These are passed when a machine comes from another host, or gets another QEMU, and killed at in tests/migration; when a machine
 #: has a TPM, and killed at in tests/qemu/test_tpm; when a daemon was killed at a certain instant, and waited at in test_adoption_faults.
-ELSEWHERE = ("adopted-", "migration-", "ownership-", "peer-", "succession-", "tpm-")
+ELSEWHERE = ("adopted-", "migration-", "ownership-", "peer-", "still-", "succession-", "tpm-")
 #: What hangs for ever, and what is answered meanwhile: without its database the daemon still knows its machines.
 MEMORY = ("/machines", "/version")
 HANGS = {
