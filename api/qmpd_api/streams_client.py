@@ -31,6 +31,8 @@ MAX_FRAME_BYTES: Final = 16 * 1024 * 1024
 INPUT_FRAME_BYTES: Final = 32 * 1024
 #: A peer that does not answer a closing handshake in this time has nothing more to say.
 CLOSE_DEADLINE_S: Final = 2.0
+#: Why a WebSocket was not opened has to be asked for, and may be over by then: it is opened again, so often.
+OPENINGS: Final = 5
 #: One page of the events that were missed: a second's worth of a busy host.
 PAGE_EVENTS: Final = 1000
 
@@ -239,23 +241,28 @@ async def websocket(
 ) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
     """An open WebSocket, closed on the way out. Raises what the daemon answered where it did not open it."""
     limits = aiohttp.ClientWSTimeout(ws_close=CLOSE_DEADLINE_S)
-    with connection.translated(f"GET {address.path}", QUERY_DEADLINE_S):
-        try:
-            async with asyncio.timeout(QUERY_DEADLINE_S):
-                socket = await connection.session.ws_connect(
-                    address, protocols=(protocol,), heartbeat=heartbeat_s, max_msg_size=message_bytes, timeout=limits
-                )
-        except aiohttp.WSServerHandshakeError as refusal:
-            raise await _refusal(connection, address, refusal) from refusal
+    for _ in range(OPENINGS):
+        with connection.translated(f"GET {address.path}", QUERY_DEADLINE_S):
+            try:
+                async with asyncio.timeout(QUERY_DEADLINE_S):
+                    socket = await connection.session.ws_connect(
+                        address, protocols=(protocol,), heartbeat=heartbeat_s, max_msg_size=message_bytes, timeout=limits
+                    )
+                break
+            except aiohttp.WSServerHandshakeError as refusal:
+                if (reason := await _refusal(connection, address)) is not None:
+                    raise reason from refusal
+    else:
+        raise DaemonUnavailable(f"the daemon would open {address.path} whenever it was asked why it does not")
     async with socket:
         yield socket
 
 
-async def _refusal(connection: Connection, address: URL, refusal: aiohttp.WSServerHandshakeError) -> QmpdError:
-    """The daemon's reason not to open a WebSocket, which aiohttp does not read: ask again, and read it."""
+async def _refusal(connection: Connection, address: URL) -> QmpdError | None:
+    """The daemon's reason not to open a WebSocket, which aiohttp does not read: ask again, and read it. None where it would by now."""
     try:
         async with connection.response("GET", address, headers=_UPGRADE, deadline_s=QUERY_DEADLINE_S):
-            return QmpdError(f"the daemon did not open {address.path}: {refusal.message}")
+            return None
     except QmpdError as reason:
         return reason
 

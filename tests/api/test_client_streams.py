@@ -117,6 +117,20 @@ async def test_a_large_paste_arrives_whole_in_messages_the_daemon_takes(client: 
     assert guest.typed == paste
 
 
+async def test_a_console_that_is_there_when_its_absence_is_asked_about_is_opened(client: Client, daemon: StandIn) -> None:
+    """aiohttp does not read the answer of a handshake that failed: the client asks why, and a machine may have been made meanwhile."""
+    shown = ConsoleFrame(kind="ended")
+
+    def absent_once(_: Asked) -> NotFound:
+        daemon.channels["/v1/machines/lab/console"] = Guest(shown)
+        return NotFound("there is no machine 'lab'")
+
+    daemon.answers["GET /v1/machines/lab/console"] = absent_once
+    async with client.console("lab") as console:
+        assert [frame async for frame in console][-1] == shown
+    assert len(daemon.asked) == 3
+
+
 async def test_a_console_that_is_cut_says_why(client: Client, daemon: StandIn) -> None:
     closings = [(WSCloseCode.TRY_AGAIN_LATER, b"too_many_requests: slow"), (WSCloseCode.GOING_AWAY, b"the daemon ends")]
 
