@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Final, Protocol
 
 from qmpd.backlog import Hearer
-from qmpd.errors import QemuDied, QemuSilent
+from qmpd.errors import QemuDied, QemuRefused, QemuSilent
 
 #: Everything that is made in a QEMU for a migration is called so, and what is called so may be removed by whoever tidies up.
 PREFIX: Final = "qmpd-migration"
@@ -19,6 +19,8 @@ PREFIX: Final = "qmpd-migration"
 HANDED: Final = f"fd:{PREFIX}"
 #: A QEMU in trouble is given this long before it is asked past its main loop.
 IMPATIENT_S: Final = 3.0
+#: What there is to break may have gone when it is to be broken, and is looked for again so often.
+YANKS: Final = 3
 
 
 #: A command since QEMU 8.2.
@@ -76,11 +78,17 @@ async def yank(qemu: Qemu, *, migration: bool = False) -> bool:
 
     Returns whether there was one to break.
     """
-    answer = await qemu.execute_oob("query-yank")
-    instances = [found for found in answer if _is_meant(found, migration=migration)] if isinstance(answer, list) else []
-    if instances:
-        await qemu.execute_oob("yank", {"instances": instances})
-    return bool(instances)
+    for _ in range(YANKS):
+        answer = await qemu.execute_oob("query-yank")
+        instances = [found for found in answer if _is_meant(found, migration=migration)] if isinstance(answer, list) else []
+        if not instances:
+            return False
+        try:
+            await qemu.execute_oob("yank", {"instances": instances})
+        except QemuRefused:  # one of them has ended since, and then none is broken
+            continue
+        return True
+    return False
 
 
 def _is_meant(instance: object, *, migration: bool) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,9 +17,10 @@ from qmpd.migration import capabilities, incoming, mirror
 from qmpd.migration.addresses import Address, TcpAddress, TcpRange
 from qmpd.migration.blockjobs import concluded
 from qmpd.migration.incoming import Endpoint, Listen, listen, wait_loaded
-from qmpd.migration.qemu import PREFIX
+from qmpd.migration.qemu import PREFIX, yank
 from qmpd.migration.tls import ClientTls, ServerTls
 from qmpd.migration.watch import watching
+from qmpd.monitor import Monitor
 from tests.migration.disks import DISK_BYTES, NODE, Writers
 from tests.migration.ends import End, GivenUpError, at, attempt, giving_up_at, go_on, is_tidy, moved, outgoing_to, signalling_at, unchanged
 from tests.process.emulator import content
@@ -126,6 +129,41 @@ async def test_a_copy_that_ended_before_it_is_let_go_of(writers: Writers) -> Non
 
         with pytest.raises(MigrationFailed, match=f"{NODE!r} was not completed: "):
             await attempt(await outgoing_to(source, endpoint), step)
+
+
+class Outrun:
+    """A QEMU's answer to the first `query-yank` names a connection that has gone since."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+        self._asked = 0
+
+    async def execute_oob(self, command: str, arguments: Mapping[str, object] | None = None, **limit: float) -> object:
+        answer = await self._monitor.execute_oob(command, arguments, **limit)
+        if command == "query-yank":
+            assert isinstance(answer, list)
+            self._asked += 1
+            return [*answer, {"type": "block-node", "node-name": f"{PREFIX}-9"}] if self._asked == 1 else answer
+        return answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._monitor, name)
+
+
+async def test_what_ended_a_moment_ago_does_not_keep_the_others_from_being_broken(writers: Writers) -> None:
+    disk = writers.image()
+    source = await writers.source(disk)
+    async with writers.undisturbed(source, disk):
+        _, endpoint = await listening(writers, disk)
+        broken: list[bool] = []
+
+        async def step(name: str) -> None:
+            if name == "active" and not broken:
+                broken.append(await yank(Outrun(source.monitor)))
+
+        with pytest.raises(MigrationFailed):
+            await attempt(await outgoing_to(source, endpoint, bytes_per_s=SPEEDS["active"]), step)
+        assert broken == [True]
 
 
 async def test_a_frozen_destination_does_not_keep_qemu_waiting(writers: Writers) -> None:
