@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from scripts.lib import migrations
@@ -52,12 +54,15 @@ LIVE_POINTS = (
 #: A case takes seconds; one of a cut line a few more.
 LIMIT_S = 1200
 MATRIX_LIMIT_S = 4 * 3600
-#: One host that loses its daemon is a part of both that do; the rest of a copy's harms is left to the slow proofs.
-QUICK_AND_SLOW = [harm if harm == "both-daemons" else pytest.param(harm, marks=pytest.mark.slow) for harm in HARMS_AT_REST]
+
+
+def but_for(*quick: str) -> list[Any]:
+    """All harms, of which these are not left to the slow proofs: one host that loses its daemon is a part of both that do."""
+    return [harm if harm in quick else pytest.param(harm, marks=pytest.mark.slow) for harm in HARMS_AT_REST]
 
 
 @pytest.mark.timeout(LIMIT_S)
-@pytest.mark.parametrize("harm", HARMS_AT_REST)
+@pytest.mark.parametrize("harm", but_for("both-daemons", "link-flap"))
 async def test_a_machine_at_rest_is_somewhere_and_whole_whatever_dies(guests: dict[str, Guest], harm: str) -> None:
     try:
         async with hosts() as world:
@@ -71,7 +76,7 @@ async def test_a_machine_at_rest_is_somewhere_and_whole_whatever_dies(guests: di
 
 
 @pytest.mark.timeout(LIMIT_S)
-@pytest.mark.parametrize("harm", QUICK_AND_SLOW)
+@pytest.mark.parametrize("harm", but_for("both-daemons"))
 async def test_a_copy_is_whole_or_nothing_and_its_original_untouched_whatever_dies(guests: dict[str, Guest], harm: str) -> None:
     try:
         async with hosts() as world:
@@ -85,7 +90,7 @@ async def test_a_copy_is_whole_or_nothing_and_its_original_untouched_whatever_di
 
 
 @pytest.mark.timeout(LIMIT_S)
-@pytest.mark.parametrize("harm", QUICK_AND_SLOW)
+@pytest.mark.parametrize("harm", but_for("both-daemons"))
 async def test_a_guest_that_is_copied_goes_on_whatever_dies(guests: dict[str, Guest], harm: str) -> None:
     guest = guests[migrations.GUEST_AT_REST]
     try:
