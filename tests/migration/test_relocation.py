@@ -43,7 +43,7 @@ async def test_a_disk_moves_to_another_file(writers: Writers) -> None:
     writers.check(moved, source)
     assert content(moved)[DISK_BYTES // 2 :] == content(disk)[DISK_BYTES // 2 :]
     assert seen[-1].ready
-    assert seen[-1].done_bytes == seen[-1].total_bytes >= DISK_BYTES // 2
+    assert DISK_BYTES // 2 <= seen[-1].done_bytes <= seen[-1].total_bytes  # the guest writes on: a block may be due again
 
 
 async def test_a_disk_moves_again_and_again_under_a_guest_that_always_writes(writers: Writers) -> None:
