@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import msgspec
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """The first three numbers of a QEMU's version, or as many as there are: for what no schema tells, and for nothing else."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):

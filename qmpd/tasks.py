@@ -73,3 +73,5 @@ async def alongside(work: Coroutine[object, object, T], name: str) -> AsyncItera
         if not task.done():  # or waiting would take turns of the loop all the same
             task.cancel()
             await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # heard: who did not wait for it does not want it

@@ -61,9 +61,10 @@ class Carriage:
             MigrationFailed, PeerError: it did not get there.
         """
         machine, offer = departure.machine, self._ledger.get(departure.migration).offer
-        accepted = await insisted(lambda: link.offer(offer))
-        check_answered(offer, accepted)
-        departure.findings = await self._rehearsals.checked(machine, request, offer, accepted.facts)
+        async with alongside(self._rehearsals.look(machine, offer), f"look:{machine.name}") as looking:
+            accepted = await insisted(lambda: link.offer(offer))
+            check_answered(offer, accepted)
+            departure.findings = self._rehearsals.checked(machine, request, offer, await looking, accepted.facts)
         entry = await self._ledger.step(departure.migration, Step.ACCEPTED)
         if entry.at_rest:
             return await self._files(departure, entry, link, accepted, request, report)

@@ -123,7 +123,8 @@ class Copies:
         how long its guest was halted."""
         offer = self._ledger.get(departure.migration).offer
         await report(Progress(phase="the destination tries it"))
-        await self._rehearsals.checked(departure.machine, request, offer, await insisted(lambda: link.tried(offer)))
+        there = await insisted(lambda: link.tried(offer))
+        self._rehearsals.checked(departure.machine, request, offer, await self._rehearsals.look(departure.machine, offer), there)
         limit = asyncio.timeout(request.goal.deadline_s)  # with a deadline it is given up (`check_wishes`)
         try:
             async with limit:

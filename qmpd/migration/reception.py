@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from qmpd.credentials import directory, distinguished_name
+from qmpd.credentials import distinguished_name, server_directory
 from qmpd.errors import CannotMove, QemuRefused, QmpdError
 from qmpd.facts import MachinePaths
 from qmpd.forwards import remake
@@ -116,16 +117,17 @@ class Reception:
         """
         where = self._where(machine, offer)
         copied = tuple(disk.export for disk in arranged.disks if disk.export is not None)
-        wanted = Listen(
-            memory=where["memory"],
-            disks_at=where["disks"] if copied else None,
-            disks=copied,
-            tls=None if offer.tunnel else await self._tls(peer),
-            agreed=Agreed(channels=offer.channels, postcopy=offer.postcopy, bitmaps=offer.bitmaps),
-            stays=STAYS in launch.features,
-        )
+        async with self._tls(machine, offer, launch, peer) as tls:
+            wanted = Listen(
+                memory=where["memory"],
+                disks_at=where["disks"] if copied else None,
+                disks=copied,
+                tls=tls,
+                agreed=Agreed(channels=offer.channels, postcopy=offer.postcopy, bitmaps=offer.bitmaps),
+                stays=STAYS in launch.features,
+            )
+            disks_at = await incoming.receive_disks(machine.session, wanted, self._ports.bound)
         door = endpoint = None
-        disks_at = await incoming.receive_disks(machine.session, wanted, self._ports.bound)
         if isinstance(wanted.memory, TcpRange):
             door = await opened(wanted.memory, self._ports.bound)
             nbd = disks_at.port if isinstance(disks_at, TcpAddress) else None
@@ -150,8 +152,14 @@ class Reception:
         where = TcpRange(host=self._settings.migration_host, first=ports.start, last=ports.stop - 1)
         return dict.fromkeys(_PLACES, where)
 
-    async def _tls(self, peer: Peer) -> ServerTls:
-        return ServerTls(directory=await asyncio.to_thread(directory, self._settings.pki_dir), admits=distinguished_name(peer))
+    @asynccontextmanager
+    async def _tls(self, machine: Machine, offer: Offer, launch: Launch, peer: Peer) -> AsyncIterator[ServerTls | None]:
+        """What QEMU shows and whom it admits, while it reads that; nothing where all comes through the API."""
+        if offer.tunnel:
+            yield None
+            return
+        async with server_directory(self._settings.pki_dir, self._paths(machine.name).run, launch.emulator_version) as found:
+            yield ServerTls(directory=found, admits=distinguished_name(peer))
 
     def place(self, machine: Machine, channel: Channel) -> str:
         """The Unix socket at which QEMU waits for what comes through a tunnel: in a directory that is this user's alone."""

@@ -69,7 +69,7 @@ class Rehearsals:
         offer = await self._offered(machine, request)
         async with alongside(_changing_mib_s(machine, offer), f"dirty-rate:{machine.name}") as changing:
             there = await insisted(lambda: link.tried(offer))
-            here = await self._facts(machine, offer, there)
+            here = _together(await self.look(machine, offer), offer, there)
             await report(Progress(phase="the way is measured"))
             prediction = await _predicted(link, request, here, there, offer, changing)
         short = await self._shortages(machine, request, offer)
@@ -82,17 +82,17 @@ class Rehearsals:
             prediction=prediction,
         )
 
-    async def checked(
-        self, machine: Machine, request: MigrateRequest, offer: Offer, there: DestinationFacts | None
+    def checked(
+        self, machine: Machine, request: MigrateRequest, offer: Offer, here: MachineFacts, there: DestinationFacts | None
     ) -> tuple[MigrationFinding, ...]:
-        """What is worth knowing of a machine that the destination waits for.
+        """What is worth knowing of a machine, `here` as `look` says, that the destination waits for.
 
         Raises:
             CannotMove: something is in the way that nobody took upon himself.
         """
         if there is None:
             raise CannotMove("the destination does not say what it has for the machine")
-        findings = accepted(_judged(machine, request, offer, await self._facts(machine, offer, there), there), request.accept)
+        findings = accepted(_judged(machine, request, offer, _together(here, offer, there), there), request.accept)
         if not possible(findings):
             errors = [finding.message for finding in findings if finding.severity == "error"]
             more = f", and {len(errors) - 1} more" if len(errors) > 1 else ""
@@ -114,25 +114,15 @@ class Rehearsals:
         files = targets(machine.definition.spec, self._paths(machine.name))
         return await asyncio.to_thread(lambda: tuple(room_findings(files, offer.parcels)))
 
-    async def _facts(self, machine: Machine, offer: Offer, there: DestinationFacts) -> MachineFacts:
-        spec, how = offer.spec, {disk.index: disk.how for disk in there.disks}
+    async def look(self, machine: Machine, offer: Offer) -> MachineFacts:
+        """What a machine is like here, but for its disks, of which its destination has a say."""
+        spec = offer.spec
         facts = MachineFacts(
             name=spec.name,
             uuid=offer.uuid,
             macs=tuple(nic.mac for nic in spec.nics if nic.mac is not None),
             protocol=VERSION,
             firmware=await asyncio.to_thread(self._fingerprints.of, spec),
-            disks=tuple(
-                SourceDisk(
-                    index=wanted.index,
-                    how=how.get(wanted.index, "copy"),
-                    format=spec.disks[wanted.index].format,
-                    bytes=wanted.virtual_bytes,
-                    used_bytes=needed_bytes(wanted, based=True),
-                    base_bytes=needed_bytes(wanted, based=False) - needed_bytes(wanted, based=True),
-                )
-                for wanted in offer.disks
-            ),
             forwards=forwarded(spec),
         )
         if offer.state == "stopped":
@@ -146,6 +136,23 @@ class Rehearsals:
             postcopy=offer.postcopy,
             bitmaps=offer.bitmaps,
         )
+
+
+def _together(here: MachineFacts, offer: Offer, there: DestinationFacts) -> MachineFacts:
+    """What a machine is like here, with each disk as it would go there."""
+    how = {disk.index: disk.how for disk in there.disks}
+    disks = [
+        SourceDisk(
+            index=wanted.index,
+            how=how.get(wanted.index, "copy"),
+            format=offer.spec.disks[wanted.index].format,
+            bytes=wanted.virtual_bytes,
+            used_bytes=needed_bytes(wanted, based=True),
+            base_bytes=needed_bytes(wanted, based=False) - needed_bytes(wanted, based=True),
+        )
+        for wanted in offer.disks
+    ]
+    return msgspec.structs.replace(here, disks=tuple(disks))
 
 
 def _judged(

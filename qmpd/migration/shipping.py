@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
@@ -15,7 +14,7 @@ import msgspec
 from qmpd import power
 from qmpd.credentials import directory
 from qmpd.errors import CannotMove, MigrationFailed, MonitorUnavailable, Problem, QmpdError, WrongState, invalid
-from qmpd.facts import MachinePaths
+from qmpd.facts import MachinePaths, version_numbers
 from qmpd.jobs import Report
 from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine
@@ -346,8 +345,7 @@ def moved(accepted: Acceptance, figures: Figures) -> tuple[MovedDisk, ...]:
 def abilities_of(machine: Machine, before: Before, *, postcopy: bool = False, bitmaps: bool = False) -> Abilities:
     """What a machine's QEMU can be told in a migration."""
     launch = machine.launch
-    version = tuple(int(part) for part in re.findall(r"\d+", launch.emulator_version)[:3]) if launch is not None else ()
-    tracks = launch is not None and keeps_track(launch.accel, version)
+    tracks = launch is not None and keeps_track(launch.accel, version_numbers(launch.emulator_version))
     return Abilities(auto_converge="auto-converge" in before.dials.capabilities, postcopy=postcopy, tracks=tracks, bitmaps=bitmaps)
 
 

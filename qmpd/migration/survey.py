@@ -22,9 +22,10 @@ from qmpd.migration.likeness import CpuFacts, DeviceFacts, DriveFacts, PciFacts,
 T = TypeVar("T")
 
 #: What the tree of objects is full of, and no part of a machine's state by itself.
-_NO_PARTS: Final = frozenset({"irq", "memory-region", "container", "iommu-memory-region", "split-irq", "or-irq"})
-#: Objects asked about at most: the largest board of QEMU has some hundreds. Whatever has more is compared by its devices alone.
-MOST_OBJECTS: Final = 2000
+NO_PARTS: Final = frozenset({"irq", "memory-region", "container", "iommu-memory-region", "split-irq", "or-irq"})
+#: `info qom-tree`: two spaces more for each level, a name, and a type.
+_OBJECT: Final = re.compile(r"^(?P<indent> +)/(?P<name>.*) \((?P<type>[^()]*)\)\r?$", re.MULTILINE)
+_BELOW_THE_MACHINE: Final = 2
 #: `info ramblock`: name, page size, offset, bytes in use, most bytes (QEMU 9 and later: and more).
 _RAM_BLOCK: Final = re.compile(r"^ *(?P<name>\S.*?) +\d+ [KMG]iB +0x[0-9a-f]+ +0x(?P<used>[0-9a-f]+) +0x(?P<most>[0-9a-f]+)", re.MULTILINE)
 #: Properties that say where a device sits on its bus: PCI, and channel devices.
@@ -252,22 +253,19 @@ async def _address(qemu: Asked, path: str) -> str:
 
 async def _built_in(qemu: Asked) -> dict[str, int]:
     """Objects by type below the machine, without those that were plugged in."""
+    # One question in place of hundreds: a QEMU answers `qom-list` for one object at a time.
+    text = await _asked_if_known(qemu, "human-monitor-command", str, "", {"command-line": "info qom-tree /machine"})
     counts: Counter[str] = Counter()
-    waiting = ["/machine"]
-    asked = 0
-    while waiting:
-        if asked == MOST_OBJECTS:
-            return {}
-        asked += 1
-        path = waiting.pop()
-        for child in await _asked_if_known(qemu, "qom-list", tuple[Child, ...], (), {"path": path}):
-            kind, below = child.made_of, f"{path}/{child.name}"
-            if kind is None or below in CONTAINERS:
-                continue
-            if kind not in _NO_PARTS:
-                counts[kind] += 1
-            if kind not in _NO_PARTS or kind == "container":
-                waiting.append(below)
+    nothing_below: int | None = None
+    for found in _OBJECT.finditer(text):
+        depth, kind = len(found["indent"]), found["type"]
+        if nothing_below is not None and depth > nothing_below:
+            continue
+        nothing_below = None
+        if kind not in NO_PARTS:
+            counts[kind] += 1
+        elif kind != "container" or (depth == _BELOW_THE_MACHINE and f"/machine/{found['name']}" in CONTAINERS):
+            nothing_below = depth
     return dict(sorted(counts.items()))
 
 

@@ -19,7 +19,7 @@ PRIORITY: Final = "NORMAL:-VERS-ALL:+VERS-TLS1.3"
 
 
 class ServerTls(msgspec.Struct, frozen=True, kw_only=True):
-    """A destination's: the directory of its certificate (`qmpd.pki.directory`), and the subject of the one client that is admitted."""
+    """A destination's: the directory of its certificate (`qmpd.credentials`), and the subject of the one client that is admitted."""
 
     directory: str
     admits: str
@@ -32,18 +32,22 @@ class ClientTls(msgspec.Struct, frozen=True, kw_only=True):
     hostname: str
 
 
-def subject(name: str) -> str:
-    """The distinguished name of a peer's certificate (`qmpd.pki.certificates`), as GnuTLS prints it for QEMU to compare."""
-    return f"O=qmpd,OU=peer,CN={name}"
-
-
 async def add(qemu: Qemu, tls: ServerTls | ClientTls) -> None:
     """Makes the objects, in place of what an earlier migration left. Raises QemuRefused for certificates that QEMU does not take."""
     await remove(qemu)
+    for made in objects(tls):
+        await qemu.execute("object-add", made)
+
+
+def objects(tls: ServerTls | ClientTls) -> tuple[dict[str, object], ...]:
+    """The arguments of `object-add` for each. The other side must show a certificate too."""
     creds = {"qom-type": "tls-creds-x509", "id": CREDENTIALS, "dir": tls.directory, "verify-peer": True, "priority": PRIORITY}
-    if isinstance(tls, ServerTls):
-        await qemu.execute("object-add", {"qom-type": "authz-simple", "id": AUTHORIZATION, "identity": tls.admits})
-    await qemu.execute("object-add", {**creds, "endpoint": "server" if isinstance(tls, ServerTls) else "client"})
+    match tls:
+        case ServerTls():
+            admission: dict[str, object] = {"qom-type": "authz-simple", "id": AUTHORIZATION, "identity": tls.admits}
+            return (admission, {**creds, "endpoint": "server"})
+        case ClientTls():
+            return ({**creds, "endpoint": "client"},)
 
 
 async def remove(qemu: Qemu) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qmpd import commands
-from qmpd.migration.tls import ClientTls, ServerTls, subject
+from qmpd.migration.tls import ClientTls, ServerTls
 from qmpd.pki.directory import AUTHORITY, REVOKED, Pki
 from tests.guests.build import Guest
 from tests.migration.disks import Writers
@@ -61,7 +61,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server_tls(hosts: Path) -> ServerTls:
     """That of a destination on `hostb` which awaits `hosta`."""
-    return ServerTls(directory=str(hosts / "hostb"), admits=subject("hosta"))
+    return ServerTls(directory=str(hosts / "hostb"), admits="O=qmpd,OU=peer,CN=hosta")
 
 
 @pytest.fixture

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from qmpd.errors import QemuDied, QemuRefused
-from qmpd.migration import survey
+from qmpd.inquiry import CONTAINERS
 from qmpd.migration.convergence import Abilities, opening
 from qmpd.migration.discrepancy import discrepancies
-from qmpd.migration.likeness import CpuFacts, DeviceFacts, PciFacts, QemuFacts
-from qmpd.migration.survey import dirty_mib_s, surveyed
+from qmpd.migration.likeness import CpuFacts, PciFacts, QemuFacts
+from qmpd.migration.survey import NO_PARTS, dirty_mib_s, surveyed
 from qmpd.migrationviews import Goal
+from qmpd.monitor import Monitor
 from tests.guests.build import Guest
 from tests.process.emulator import PATIENCE_S, Emulators, emulators_in
 
@@ -282,12 +284,55 @@ async def test_kvm_dumps_and_cards_behind_bridges_are_seen() -> None:
     assert found.cpu.traits == {"sve": True, "vl": 4}
 
 
-async def test_a_tree_without_end_is_not_walked_for_ever() -> None:
-    answers = minimal(qom_list=[{"name": "again", "type": "child<thing>"}, {"name": "container", "type": "child<container>"}])
-    found = await surveyed(answers)
-    assert found.built_in == {}
-    assert answers.asked.count("qom-list") == survey.MOST_OBJECTS + 2
-    assert found.devices[0] == DeviceFacts(path="/machine/peripheral/again", type="thing")
+TREE = """\
+/machine (none-machine)
+  /peripheral (container)
+    /r0 (virtio-rng)
+  /peripheral-anon (container)
+  /soc (soc)
+    /peripheral (container)
+      /uart[0] (uart)
+    /gic (gic)
+      /unnamed-gpio-in[0] (irq)
+        /below (uart)
+      /ram (and more) (memory-region)
+  /unattached (container)
+    /uart[1] (uart)
+"""
+
+
+async def test_objects_are_counted_by_type_but_for_those_that_were_plugged_in() -> None:
+    found = await surveyed(minimal(human_monitor_command=TREE))
+    assert found.built_in == {"gic": 1, "soc": 1, "uart": 2}
+
+
+async def walked(monitor: Monitor) -> dict[str, int]:
+    """The same, asked for object by object."""
+    counts: Counter[str] = Counter()
+    waiting = ["/machine"]
+    while waiting:
+        path = waiting.pop()
+        children = await monitor.execute("qom-list", {"path": path})
+        assert isinstance(children, list)
+        for child in children:
+            kind, below = child["type"].removeprefix("child<").removesuffix(">"), f"{path}/{child['name']}"
+            if not child["type"].startswith("child<") or below in CONTAINERS:
+                continue
+            if kind not in NO_PARTS:
+                counts[kind] += 1
+            if kind not in NO_PARTS or kind == "container":
+                waiting.append(below)
+    return dict(counts)
+
+
+@pytest.mark.parametrize("board", BOARDS)
+async def test_the_printed_tree_says_what_the_objects_say(started: Emulators, board: str) -> None:
+    target, options, *_ = BOARDS[board]
+    program = shutil.which(f"qemu-system-{target}")
+    assert program is not None
+    emulator = await started.start(*options, machine=board.removeprefix("rv"), program=program)
+    async with emulator.session() as monitor:
+        assert (await surveyed(monitor)).built_in == await walked(monitor)
 
 
 async def test_what_is_no_answer_of_a_qemu_is_refused() -> None:

@@ -13,7 +13,8 @@ from typing import Any, Final
 import pytest
 
 from qmpd.access import Role
-from qmpd.credentials import admission, credentials, directory
+from qmpd.credentials import PARAMETERS, directory, distinguished_name, server_directory
+from qmpd.migration.tls import ClientTls, ServerTls, objects, parameters
 from qmpd.pki.directory import AUTHORITY, CLIENT, REVOKED, Pki
 from qmpd.settings import Peer
 from tests.qemu.byhand import PATIENCE_S, emulator
@@ -21,6 +22,8 @@ from tests.qemu.byhand import PATIENCE_S, emulator
 pytestmark = pytest.mark.qemu
 
 LOOPBACK: Final = "127.0.0.1"
+#: Which needs parameters for certificates.
+OLDEST: Final = "7.2.0"
 MACHINE: Final = ("-nodefaults", "-no-user-config", "-machine", "q35", "-accel", "tcg", "-m", "16", "-display", "none", "-S")
 SOURCE: Final = Peer(name="a", url=f"https://{LOOPBACK}:1")
 TARGET: Final = Peer(name="b", url=f"https://{LOOPBACK}:1")
@@ -89,30 +92,30 @@ class Lab:
     def __init__(self, place: Path) -> None:
         self.authority = Pki(place / "ca")
         self.authority.init("lab")
-        self._place = place
+        self.place = place
         for peer in (SOURCE, TARGET):
             self.holder(peer.name)
 
     def directory(self, name: str) -> str:
-        return directory(str(self._place / name))
+        return directory(str(self.place / name))
 
     def holder(self, name: str, role: Role = "peer", *, of: Pki | None = None, place: str | None = None) -> str:
         """A directory with the certificate of somebody, who trusts this authority as well as that which signed the certificate."""
-        where, signer = self._place / (place or name), of or self.authority
+        where, signer = self.place / (place or name), of or self.authority
         signer.store(where, signer.issue(name, role, (LOOPBACK,) if role == "peer" else ()))
         both = dict.fromkeys((signer.read(AUTHORITY) or b"", self.authority.read(AUTHORITY) or b""))
         (where / AUTHORITY).write_bytes(b"".join(both))
         return str(where)
 
     def foreign(self) -> str:
-        other = Pki(self._place / "other")
+        other = Pki(self.place / "other")
         other.init("lab")
         return self.holder("a", of=other, place="foreign")
 
     def revoked(self) -> str:
         self.authority.revoke("a")
         for place in ("a", "b"):
-            (self._place / place / REVOKED).write_bytes(self.authority.read(REVOKED) or b"")
+            (self.place / place / REVOKED).write_bytes(self.authority.read(REVOKED) or b"")
         return self.directory("a")
 
 
@@ -121,13 +124,19 @@ async def lab(short_directory: Path) -> Lab:
     return await asyncio.to_thread(Lab, short_directory)
 
 
+async def shows(one: Qemu, tls: ServerTls | ClientTls) -> None:
+    """Has a QEMU migrate with these credentials."""
+    for made in objects(tls):
+        await one("object-add", **made)
+    await one("migrate-set-parameters", **parameters(tls))
+
+
 @asynccontextmanager
 async def awaited(lab: Lab) -> AsyncIterator[tuple[Qemu, int]]:
     """A QEMU that waits for a machine of SOURCE and nobody else's, as TARGET, and on which port."""
     async with qemu("-incoming", "defer") as there:
-        await there("object-add", **credentials("tls", lab.directory("b"), "server"))
-        await there("object-add", **admission("who", SOURCE))
-        await there("migrate-set-parameters", **{"tls-creds": "tls", "tls-authz": "who"})
+        async with server_directory(lab.directory("b"), str(lab.place), OLDEST) as made:
+            await shows(there, ServerTls(directory=made, admits=distinguished_name(SOURCE)))
         await there("migrate-incoming", uri=f"tcp:{LOOPBACK}:0")
         (where,) = (await there("query-migrate"))["socket-address"]
         yield there, int(where["port"])
@@ -136,8 +145,7 @@ async def awaited(lab: Lab) -> AsyncIterator[tuple[Qemu, int]]:
 async def send(here: Qemu, port: int, pki_dir: str | None, name: str = TARGET.owner) -> str:
     """Sends the machine and returns how that ended."""
     if pki_dir is not None:
-        await here("object-add", **credentials("tls", pki_dir, "client"))
-        await here("migrate-set-parameters", **{"tls-creds": "tls", "tls-hostname": name})
+        await shows(here, ClientTls(directory=pki_dir, hostname=name))
     await here("migrate", uri=f"tcp:{LOOPBACK}:{port}")
     return await here.until("status", "completed", "failed")
 
@@ -206,8 +214,20 @@ async def test_a_machine_does_not_go_to_one_of_another_authority(lab: Lab) -> No
     await asyncio.to_thread(other.init, "lab")
     place = await asyncio.to_thread(lab.holder, "b", of=other, place="b2")
     async with qemu("-incoming", "defer") as there, qemu() as here:
-        await there("object-add", **credentials("tls", directory(place), "server"))
-        await there("migrate-set-parameters", **{"tls-creds": "tls"})
+        await shows(there, ServerTls(directory=directory(place), admits=distinguished_name(SOURCE)))
         await there("migrate-incoming", uri=f"tcp:{LOOPBACK}:0")
         (where,) = (await there("query-migrate"))["socket-address"]
         assert await send(here, int(where["port"]), lab.directory("a")) == "failed"
+
+
+async def test_a_qemu_that_waits_is_given_parameters_that_it_would_search_for(lab: Lab, short_directory: Path) -> None:
+    """It reads them (where they are damaged it says so), a machine goes to it, and nothing is left of the directory."""
+    pki_dir = lab.directory("b")
+    async with awaited(lab) as (there, port), qemu() as here:
+        assert await send(here, port, lab.directory("a")) == "completed"
+        assert await there.until("status", "completed") == "completed"
+    await asyncio.to_thread((Path(pki_dir) / PARAMETERS).write_text, "damaged")
+    async with qemu() as there, server_directory(pki_dir, str(short_directory), OLDEST) as made:
+        with pytest.raises(AssertionError, match="DH parameters"):
+            await shows(there, ServerTls(directory=made, admits=distinguished_name(SOURCE)))
+    assert not await asyncio.to_thread(lambda: list(short_directory.glob("tls-*")))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -11,7 +13,7 @@ from typing import cast
 import pytest
 
 from qmpd.access import Caller
-from qmpd.credentials import admission, credentials, directory, distinguished_name
+from qmpd.credentials import FFDHE2048, PARAMETERS, directory, distinguished_name, server_directory
 from qmpd.errors import Forbidden, HostError, NotFound, PeerUnavailable
 from qmpd.peering import Peering, nowhere
 from qmpd.peers import PeerDaemon, Peers
@@ -87,22 +89,59 @@ async def test_a_peer_may_say_any_time_of_day(time: str, ahead: float | None) ->
 
 def test_qemu_is_told_the_name_of_one_peer() -> None:
     assert distinguished_name(B) == "O=qmpd,OU=peer,CN=b.example"
-    assert admission("only-b", B) == {"qom-type": "authz-simple", "id": "only-b", "identity": "O=qmpd,OU=peer,CN=b.example"}
-    assert credentials("tls", "/pki", "server") == {
-        "qom-type": "tls-creds-x509",
-        "id": "tls",
-        "dir": "/pki",
-        "endpoint": "server",
-        "verify-peer": True,
-    }
 
 
 @pytest.mark.parametrize("missing", [AUTHORITY, REVOKED, SERVER[1]])
 def test_qemu_is_not_sent_to_a_directory_that_lacks_a_file(tmp_path: Path, missing: str) -> None:
-    pki = Pki(tmp_path / "pki")
-    pki.init("lab")
-    pki.install(pki.issue("localhost", "peer", ()), pki.read(AUTHORITY) or b"", pki.read(REVOKED) or b"")
+    pki = lab(tmp_path / "pki")
     assert directory(str(pki.directory)) == str(pki.directory)
     (pki.directory / missing).unlink()
     with pytest.raises(HostError, match=f"{missing} is missing"):
         directory(str(pki.directory))
+
+
+def lab(place: Path) -> Pki:
+    """A host's certificates, and their authority."""
+    pki = Pki(place)
+    pki.init("lab")
+    pki.install(pki.issue("localhost", "peer", ()), pki.read(AUTHORITY) or b"", pki.read(REVOKED) or b"")
+    return pki
+
+
+@pytest.mark.parametrize("version", ["7.2.22", "10.0.13", "10.1.0"])
+async def test_an_older_qemu_that_waits_gets_parameters_beside_the_certificates(tmp_path: Path, version: str) -> None:
+    pki = lab(tmp_path / "pki")
+    async with server_directory(str(pki.directory), str(tmp_path), version) as made:
+        assert Path(made).parent == tmp_path
+        assert (Path(made) / SERVER[1]).read_bytes() == pki.read(SERVER[1])
+        assert (Path(made) / PARAMETERS).read_text() == FFDHE2048
+        assert not (pki.directory / PARAMETERS).exists()
+    assert [entry.name for entry in os.scandir(tmp_path)] == ["pki"]
+    (pki.directory / PARAMETERS).write_text("its own")
+    async with server_directory(str(pki.directory), str(tmp_path), version) as made:
+        assert (Path(made) / PARAMETERS).read_text() == "its own"
+
+
+async def test_a_newer_qemu_gets_the_directory_as_it_is(tmp_path: Path) -> None:
+    pki = lab(tmp_path / "pki")
+    for version in ("10.2.0", "11.1.3"):
+        async with server_directory(str(pki.directory), str(tmp_path), version) as found:
+            assert found == str(pki.directory)
+
+
+async def test_a_directory_of_certificates_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    pki = lab(tmp_path / "pki")
+    with pytest.raises(HostError, match=f"cannot be made in {tmp_path}/nowhere: No such file"):
+        async with server_directory(str(pki.directory), f"{tmp_path}/nowhere", "7.2.22"):
+            pytest.fail("there is no such directory")
+
+
+def test_the_parameters_are_those_of_rfc_7919() -> None:
+    """p = 2^2048 - 2^1984 + ((2^1918 * e) + 560316) * 2^64 - 1, and 2 (appendix A.1), with e to 2200 bits."""
+    term, e, number = 1 << 2200, 0, 0
+    while term:
+        e, number = e + term, number + 1
+        term //= number
+    prime = 2**2048 - 2**1984 + ((e >> (2200 - 1918)) + 560316) * 2**64 - 1
+    encoded = base64.b64decode("".join(FFDHE2048.splitlines()[1:-1]))
+    assert encoded.endswith(prime.to_bytes(256) + b"\x02\x01\x02")
