@@ -22,7 +22,7 @@ from tests.conftest import end_machines
 from tests.guests.build import Guest
 from tests.machines import spec_of
 from tests.migration.doubtful import NAME
-from tests.migration.test_moves import HUNG_S, LOOK_S, busy, counting, ended, known, pair
+from tests.migration.test_moves import HUNG_S, LOOK_S, busy, counting, ended, known, pair, set_to_work
 
 __all__ = ["counting"]
 pytestmark = pytest.mark.qemu
@@ -73,7 +73,7 @@ async def test_a_machine_that_is_still_being_discarded_may_be_offered_again(
     short_directory: Path, counting: Guest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with pair(short_directory) as (a, b):
-        await a.service.create(busy(short_directory), start=True)
+        await set_to_work(a, busy(short_directory))
         registry, discarding, may_go_on = b.service._registry, asyncio.Event(), asyncio.Event()
         dismiss = registry.dismiss
 
@@ -153,7 +153,7 @@ async def test_what_was_made_for_it_goes_and_nothing_beside_it(short_directory: 
     async with pair(short_directory) as (a, b):
         spec = busy(short_directory)
         disk = ImageDisk(path=str(images / "disk.raw"), format="raw")
-        await a.service.create(msgspec.structs.replace(spec, disks=(disk,)), start=True)
+        await set_to_work(a, msgspec.structs.replace(spec, disks=(disk,)))
         slow = Goal(bandwidth_mib_s=1, auto_converge=False)
         request = MigrateRequest(peer="b", goal=slow, disks=(DiskChoice(disk=0, how="copy", path=str(made)),))
         job = await a.service.migration.migrate("busy", request)

@@ -15,6 +15,7 @@ from qmpd.migration.incoming import Listen, listen
 from qmpd.migration.measuring import sample_of
 from qmpd.migration.outgoing import Outgoing
 from qmpd.migration.progress import Progress
+from qmpd.migration.qemu import Qemu
 from qmpd.migrationviews import Goal
 from tests.migration.ends import End, Ends, at, outgoing_to
 from tests.process.emulator import PATIENCE_S
@@ -78,11 +79,11 @@ class Mover:
                 raise MigrationFailed(decision.reason)
 
 
-async def busy(source: End) -> None:
-    """Waits until the guest has written to the last page of its working set, after its BIOS."""
-    asked = {"command-line": f"xp /1wx {WRITES_FROM + WORKING_SET - 4096:#x}"}
+async def at_work(qemu: Qemu, working_set: int = WORKING_SET) -> None:
+    """Waits until the guest has written to the last page of its working set, after its BIOS: until then all of it is sent in a moment."""
+    asked = {"command-line": f"xp /1wx {WRITES_FROM + working_set - 4096:#x}"}
     async with asyncio.timeout(PATIENCE_S):
-        while "0x00000000" in str(await source.monitor.execute("human-monitor-command", asked)):
+        while "0x00000000" in str(await qemu.execute("human-monitor-command", asked)):
             await asyncio.sleep(0.02)
 
 
@@ -92,7 +93,7 @@ async def moving(ends: Ends, goal: Goal) -> Mover:
     source = await ends.start("-kernel", str(kernel), *MEMORY)
     destination = await ends.start("-kernel", str(kernel), "-incoming", "defer", *MEMORY)
     await source.monitor.execute("cont")
-    await busy(source)
+    await at_work(source.monitor)
     begin = opening(goal, Abilities())
     agreed = Agreed(postcopy="postcopy-ram" in begin.capabilities)
     endpoint = await listen(destination.monitor, Listen(memory=at(ends.directory), agreed=agreed))

@@ -15,7 +15,7 @@ from qmpd.record import Definition
 from tests.guests.build import Guest
 from tests.machines import spec_of
 from tests.migration.doubtful import NAME, given
-from tests.migration.test_moves import HUNG_S, LOOK_S, busy, counting, ended, known, pair, printed
+from tests.migration.test_moves import HUNG_S, LOOK_S, busy, counting, ended, known, pair, printed, set_to_work
 
 __all__ = ["counting"]
 pytestmark = pytest.mark.qemu
@@ -63,7 +63,7 @@ async def test_a_machine_is_not_killed_while_it_is_given(short_directory: Path, 
 
 async def test_a_machine_that_is_on_its_way_is_killed_and_given_to_nobody(short_directory: Path) -> None:
     async with pair(short_directory) as (a, b):
-        await a.service.create(busy(short_directory), start=True)
+        await set_to_work(a, busy(short_directory))
         slow = Goal(bandwidth_mib_s=1, auto_converge=False)
         job = await a.service.migration.migrate("busy", MigrateRequest(peer="b", goal=slow))
         async with asyncio.timeout(HUNG_S):
