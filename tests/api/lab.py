@@ -49,6 +49,18 @@ def port() -> Iterator[tuple[socket.socket, int]]:
         yield listener, int(listener.getsockname()[1])
 
 
+@contextmanager
+def reserved() -> Iterator[int]:
+    """A port of the loopback at which one may listen (with SO_REUSEADDR, as daemons and QEMU do) again and again while the block lasts.
+
+    A socket has it that does not listen: so the kernel gives it to nobody who asks for any port.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind((LOOPBACK, 0))
+        yield int(held.getsockname()[1])
+
+
 def authority(directory: Path) -> Pki:
     """A new authority. Blocks."""
     made = Pki(directory)

@@ -12,6 +12,7 @@ import pytest
 from qmpd import commands
 from qmpd.migration.tls import ClientTls, ServerTls
 from qmpd.pki.directory import AUTHORITY, REVOKED, Pki
+from tests.api.lab import reserved
 from tests.guests.build import Guest
 from tests.migration.disks import Writers
 from tests.migration.ends import Ends, ends_in
@@ -40,6 +41,13 @@ async def ends(directory: Path, guests: dict[str, Guest]) -> AsyncIterator[Ends]
     """Starts QEMUs with a counting guest; kills them at the end."""
     async with emulators_in(directory) as emulators, ends_in(directory, emulators, guests["x86_64-microvm"]) as made:
         yield made
+
+
+@pytest.fixture
+def free_port() -> Iterator[int]:
+    """A port of the loopback at which nobody listens, and that nobody else gets by chance."""
+    with reserved() as number:
+        yield number
 
 
 @pytest.fixture(scope="session")

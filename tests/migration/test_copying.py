@@ -15,7 +15,7 @@ from qmpd.migration import delivery, wondering
 from qmpd.migrationviews import CopyReport, DryRunReport, MigrateRequest, ResolveRequest
 from qmpd.spec import Forward, MachineSpec, UserNic
 from qmpd.views import JobView, MachineView, StartRequest
-from tests.api.lab import Daemon, port
+from tests.api.lab import Daemon
 from tests.guests.build import Guest
 from tests.guests.trace import check_trace
 from tests.migration.test_moves import HUNG_S, LOOK_S, ended, known, pair, printed
@@ -142,13 +142,11 @@ def test_a_name_that_no_machine_could_have_is_no_request(name: str) -> None:
 
 
 async def test_what_cannot_be_copied_is_refused_and_a_dry_run_says_so_before(
-    short_directory: Path, counting: Guest, monkeypatch: pytest.MonkeyPatch
+    short_directory: Path, counting: Guest, monkeypatch: pytest.MonkeyPatch, free_port: int
 ) -> None:
     monkeypatch.setattr(delivery, "OFFER_DEADLINE_S", 0.0)
     async with pair(short_directory) as (a, b):
-        with port() as (listener, number):
-            listener.close()
-        await made(a, short_directory, counting, nics=(UserNic(mac=NIC, forwards=(Forward(guest_port=22, host_port=number),)),))
+        await made(a, short_directory, counting, nics=(UserNic(mac=NIC, forwards=(Forward(guest_port=22, host_port=free_port),)),))
         await b.service.create(MachineSpec(name="taken", board="x86_64-q35"))
         spare = {"disks": [choice_of(short_directory / "there.raw")]}
 

@@ -12,7 +12,7 @@ from qmpd.lifecycle import State
 from qmpd.migration import delivery
 from qmpd.migrationviews import DryRunReport, MigrateRequest
 from qmpd.spec import Forward, UserNic
-from tests.api.lab import Daemon, port
+from tests.api.lab import Daemon
 from tests.guests.build import Guest
 from tests.migration.test_moves import ended, known, moved, pair
 from tests.migration.test_moving_at_rest import MIB, arriving, choice_of, counting, made, refused
@@ -66,13 +66,11 @@ async def test_a_dry_run_says_what_would_be_sent_and_for_how_long(short_director
 
 
 async def test_a_dry_run_finds_what_a_move_would_be_refused_for(
-    short_directory: Path, counting: Guest, monkeypatch: pytest.MonkeyPatch
+    short_directory: Path, counting: Guest, monkeypatch: pytest.MonkeyPatch, free_port: int
 ) -> None:
     monkeypatch.setattr(delivery, "OFFER_DEADLINE_S", 0.0)
     async with pair(short_directory) as (a, b):
-        with port() as (listener, number):
-            listener.close()
-        image, own = await made(a, short_directory, counting, nics=(UserNic(forwards=(Forward(guest_port=22, host_port=number),)),))
+        image, own = await made(a, short_directory, counting, nics=(UserNic(forwards=(Forward(guest_port=22, host_port=free_port),)),))
         assert image
         assert own
         taken = short_directory / "taken.raw"
@@ -91,7 +89,7 @@ async def test_a_dry_run_finds_what_a_move_would_be_refused_for(
         assert job.error is not None
         assert (job.error["code"], "format" in str(job.error["message"])) == ("cannot_move", True)
         assert not nowhere.parent.exists()
-        with socket.create_server(("127.0.0.1", number)):
+        with socket.create_server(("127.0.0.1", free_port)):
             report = await tried(a)
             assert (report.possible, found_in(report, "warning")) == (True, [("port-taken", "$.nics")])
             done = await moved(a, "rest", "b")

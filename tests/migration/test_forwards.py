@@ -32,23 +32,14 @@ def taken() -> Iterator[int]:
         yield held.getsockname()[1]
 
 
-@pytest.fixture
-def free() -> int:
-    """A port that nobody has."""
-    with closing(socket.socket()) as held:
-        held.bind(("127.0.0.1", 0))
-        port: int = held.getsockname()[1]
-        return port
-
-
 async def leads_somewhere(port: int) -> bool:
     with closing(socket.socket()) as client:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-async def test_forwards_are_made_once_and_those_that_cannot_be_are_named(directory: Path, taken: int, free: int) -> None:
+async def test_forwards_are_made_once_and_those_that_cannot_be_are_named(directory: Path, taken: int, free_port: int) -> None:
     spec = spec_with(
-        (Forward(guest_port=22), Forward(guest_port=22, host_port=free), Forward(guest_port=22)),
+        (Forward(guest_port=22), Forward(guest_port=22, host_port=free_port), Forward(guest_port=22)),
         (Forward(guest_port=53, protocol="udp", host_address=ANY), Forward(guest_port=80, host_port=taken)),
     )
     async with emulators_in(directory) as emulators:
@@ -61,7 +52,7 @@ async def test_forwards_are_made_once_and_those_that_cannot_be_are_named(directo
             guests = sorted((forward.protocol, forward.host_address, forward.guest_port) for forward in made.forwards)
             assert guests == [("tcp", "127.0.0.1", 22)] * 3 + [("udp", ANY, 53)]
             ports = {forward.host_port for forward in made.forwards}
-            assert free in ports
+            assert free_port in ports
             assert 0 not in ports
             assert len(ports) == 4
             assert all([await leads_somewhere(forward.host_port) for forward in made.forwards if forward.protocol == "tcp"])
