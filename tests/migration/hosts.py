@@ -12,7 +12,7 @@ import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -57,6 +57,10 @@ class Host:
         self._failpoints = failpoints
         self.daemon.start(**{VARIABLE: failpoints}, **quick)
         await asyncio.to_thread(self.daemon.wait_answer)
+        # It answers at its socket a moment before it listens to its peers.
+        end = time.monotonic() + STOPPED_LIMIT_S
+        while self.up and PORT not in await asyncio.to_thread(self._listening) and time.monotonic() < end:
+            await asyncio.sleep(LOOK_S)
 
     async def kill(self) -> None:
         """The daemon is gone; its machines go on."""
@@ -109,7 +113,8 @@ class Host:
         """SIGKILL to a machine's QEMUs; how many there were, once they are gone. Blocks."""
         found = self.qemus(machine)
         for one in found:
-            os.kill(one.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ended by itself just now
+                os.kill(one.pid, signal.SIGKILL)
         end = time.monotonic() + STOPPED_LIMIT_S
         while set(self.qemus(machine)) & set(found) and time.monotonic() < end:
             time.sleep(LOOK_S)
@@ -129,9 +134,11 @@ class Host:
 
     def ports(self) -> list[int]:
         """The TCP ports at which somebody listens here, the API's left out."""
+        return sorted(self._listening() - {PORT})
+
+    def _listening(self) -> set[int]:
         lines = self.station.inside(lambda: Path("/proc/thread-self/net/tcp").read_text().splitlines()[1:])
-        found = (line.split() for line in lines)
-        return sorted({port for field in found if field[3] == "0A" and (port := int(field[1].rpartition(":")[2], 16)) != PORT})
+        return {int(field[1].rpartition(":")[2], 16) for field in (line.split() for line in lines) if field[3] == "0A"}
 
 
 class Hosts:

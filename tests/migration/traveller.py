@@ -202,9 +202,12 @@ def ledger(state_dir: Path) -> list[Line]:
     """Every line of a ledger. The daemon has its database for itself, so what is read is a copy: one that is torn is made again."""
     for _ in range(COPIES):
         with tempfile.TemporaryDirectory(prefix="ql-") as directory:
+            begun = _began(f"{state_dir}/{DATABASE}-wal")
             for suffix in ("", "-wal"):
                 with contextlib.suppress(FileNotFoundError):
                     shutil.copy(f"{state_dir}/{DATABASE}{suffix}", directory)
+            if _began(f"{directory}/{DATABASE}-wal") != begun:
+                continue  # a checkpoint came between both: what it wrote is in neither copy
             try:
                 with contextlib.closing(sqlite3.connect(f"{directory}/{DATABASE}")) as connection:
                     rows = connection.execute("SELECT entry FROM migration ORDER BY number").fetchall()
@@ -212,6 +215,15 @@ def ledger(state_dir: Path) -> list[Line]:
                 continue
             return [msgspec.msgpack.decode(row[0], type=Line) for row in rows]
     raise Broken(f"the database of {state_dir} cannot be read")
+
+
+def _began(log: str) -> bytes:
+    """The head of a write-ahead log, which is another one each time it is begun anew (sqlite.org/fileformat2.html#walformat)."""
+    try:
+        with Path(log).open("rb") as file:
+            return file.read(32)
+    except FileNotFoundError:
+        return b""
 
 
 def _items(answer: object) -> list[dict[str, object]]:
