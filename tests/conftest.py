@@ -10,6 +10,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from hypothesis import HealthCheck
+from hypothesis import settings as hypotheses
 
 from qmpd.daemon import running
 from qmpd.lifecycle import AT_REST
@@ -22,6 +24,12 @@ ROOT = Path(__file__).parent.parent
 # A shell that starts a job in the background has it ignore SIGINT, and so would every process that the tests send one to.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes says how busy the host is, and nothing about what is tested.
+hypotheses.register_profile(
+    "patient", hypotheses(), deadline=None, suppress_health_check=[*hypotheses().suppress_health_check, HealthCheck.too_slow]
+)
+hypotheses.load_profile("patient")
 
 #: Built once and kept between runs; a guest is made again only when its source changes.
 GUESTS = ROOT / ".cache" / "guests"
