@@ -89,6 +89,8 @@ class Ends:
             with suppress(QemuSilent):
                 limit = PATIENCE_S if attempt == STARTS - 1 else FIRST_ANSWER_S
                 return End(emulator, await self._owned.enter_async_context(emulator.session(deadline_s=limit)), serial)
+            emulator.process.signal(signal.SIGKILL)  # it has the locks of the disks that the next one opens
+            await emulator.process.wait()
         raise AssertionError("no QEMU answered")
 
     async def source(self, *options: str, program: str = QEMU) -> End:

@@ -134,7 +134,8 @@ async def test_only_what_lies_upon_a_base_is_sent(short_directory: Path, guests:
         assert dry.prediction.disk_bytes < 2 * MIB
         (disk,) = (await moved(a, "web", "b", disks=[choice])).disks
         assert disk.base == str(there)
-        assert 0 < disk.bytes < 4 * MIB
+        assert disk.bytes > 0  # however often the guest wrote to the same places meanwhile
+        assert (short_directory / "there.qcow2").stat().st_blocks * 512 < 4 * MIB
         last = await written(b, "web", 30)
         (here,) = b.service.definition("web").spec.disks
         assert isinstance(here, ImageDisk)

@@ -23,7 +23,7 @@ from qmpd.migration.watch import watching
 from qmpd.monitor import Monitor
 from tests.migration.disks import DISK_BYTES, NODE, Writers
 from tests.migration.ends import End, GivenUpError, at, attempt, giving_up_at, go_on, is_tidy, moved, outgoing_to, signalling_at, unchanged
-from tests.process.emulator import content
+from tests.process.emulator import PATIENCE_S, content
 
 pytestmark = pytest.mark.qemu
 PORTS = TcpRange(host="127.0.0.1", first=24000, last=24999)
@@ -89,6 +89,7 @@ async def test_given_up_with_a_disk(writers: Writers, step: str) -> None:
             await outgoing.cancel()
 
 
+@pytest.mark.timeout(900)  # on a busy host each of the fifteen takes as long as another test
 async def test_given_up_again_and_again_under_a_guest_that_always_writes(writers: Writers) -> None:
     """QEMU 7.2 corrupts its memory in one of five cancellations of a copy whose writes are done twice."""
     disk = writers.image()
@@ -254,8 +255,7 @@ async def test_a_client_of_a_disk_that_has_arrived_is_waited_for_and_then_cut_of
     await client.monitor.execute("blockdev-add", {"driver": "nbd", "node-name": "client", "server": server, "export": NODE})
     with pytest.raises(QemuRefused, match="still in use"):
         await destination.monitor.execute("block-export-del", {"id": f"{PREFIX}-{NODE}"})
-    if not leaves:
-        monkeypatch.setattr(incoming, "CLIENT_PATIENCE_S", 0.3)
+    monkeypatch.setattr(incoming, "CLIENT_PATIENCE_S", PATIENCE_S if leaves else 3.0)
     async with asyncio.TaskGroup() as group:
         ending = group.create_task(incoming.end_exports(destination.monitor))
         if leaves:

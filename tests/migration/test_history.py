@@ -23,7 +23,7 @@ from qmpd.views import Event
 from qmpd_api.dialling import dialled
 from tests.api.lab import authority, daemon, host, peer, port
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 MIGRATION = "0123456789abcdef"
 
 
