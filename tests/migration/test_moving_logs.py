@@ -93,9 +93,9 @@ async def owned(there: Daemon, name: str) -> None:
 
 
 async def gone(there: Daemon, name: str) -> None:
-    """Returns when the machine is not known here any more."""
+    """Returns when the machine is not known here any more, and its files are gone: its name is taken until then."""
     async with asyncio.timeout(HUNG_S):
-        while known(there, name) is not None:
+        while name in there.service._registry.names:
             await asyncio.sleep(LOOK_S)
 
 
