@@ -21,6 +21,7 @@ import msgspec
 from qemu.qmp import ConnectError, Message, QMPClient, QMPError, Runstate
 from qemu.qmp.error import ProtocolError
 from qemu.qmp.protocol import SocketAddrT
+from qemu.qmp.qmp_client import NegotiationError
 
 from qmpd.backlog import EventBacklog, EventsLost, Hearer, QmpEvent
 from qmpd.calls import Calls
@@ -48,6 +49,8 @@ CLOSE_LIMIT_S: Final = 2.0
 FAREWELL_S: Final = 0.05
 #: Until a connection that is full is looked at again: nobody tells when there is room for a descriptor.
 _FULL_S: Final = 0.01
+#: QEMU 7.2 garbles now and then, while it starts, what its first client says: it is said once more, over another connection.
+NEGOTIATIONS: Final = 2
 CLOSED_BY_QEMU: Final = "QEMU closed the connection"
 #: Characters of an error's text that are repeated.
 _TEXT_LIMIT: Final = 256
@@ -74,6 +77,8 @@ class _Session(QMPClient):
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.ended_by_peer = False
         self.let_go = asyncio.Event()
+        #: The beginning of what was heard last before there was consent.
+        self.heard = b""
         self._lines: Lines
 
     def abort(self) -> None:
@@ -131,6 +136,7 @@ class _Session(QMPClient):
         """What the library reads by itself, until it has negotiated."""
         while True:
             line = await self._lines.next()
+            self.heard = line[:_TEXT_LIMIT]
             document = _document(line)
             if "event" not in document:
                 return Message(document, eager=False)
@@ -284,20 +290,14 @@ async def connected(path: str, *, name: str, peer_pid: int | None, deadline_s: f
         MonitorUnavailable: nobody listens there, or somebody else does.
         Busy: the host is out of descriptors or memory.
         QemuDied: the connection ended, or carried something that is not QMP, before the machine was built.
-        QemuSilent: no answer within `deadline_s`, or too many clients wait already: QEMU hangs, or serves another client.
+        QemuSilent: no answer within `deadline_s`, or too many clients wait already: QEMU hangs, or serves another client. Or it greets,
+            and answers with anything but consent, again and again: another monitor of it may do better.
     """
-    session = _Session(name)
-    with ExitStack() as undo:
-        sock, pid = _dial(path, name, peer_pid)
-        undo.callback(sock.close)
-        try:
-            async with asyncio.timeout(deadline_s):
-                await session.connect(sock)
-        except TimeoutError as error:
-            raise QemuSilent(f"{name}: QEMU was not ready in {deadline_s:g} s") from error
-        except ConnectError as error:
-            raise QemuDied(f"{name}: the monitor ended before QEMU was ready: {_shorten(error.exc)}") from error
-        undo.pop_all()  # the session has it now
+    try:
+        async with asyncio.timeout(deadline_s):
+            session, pid = await _negotiated(path, name, peer_pid)
+    except TimeoutError as error:
+        raise QemuSilent(f"{name}: QEMU was not ready in {deadline_s:g} s") from error
     try:
         monitor = Monitor(session, name, pid)
         # In the next turn of the loop: somebody waits for what is said to QEMU first.
@@ -305,6 +305,26 @@ async def connected(path: str, *, name: str, peer_pid: int | None, deadline_s: f
         yield monitor
     finally:
         await _close(session, name)
+
+
+async def _negotiated(path: str, name: str, peer_pid: int | None, attempts: int = NEGOTIATIONS) -> tuple[_Session, int]:
+    """A session that QEMU consented to, and the process at its other end. Raises what `connected` raises."""
+    session = _Session(name)
+    with ExitStack() as undo:
+        sock, pid = _dial(path, name, peer_pid)
+        undo.callback(sock.close)
+        try:
+            await session.connect(sock)
+        except ConnectError as error:
+            if not isinstance(error.exc, NegotiationError):
+                raise QemuDied(f"{name}: the monitor ended before QEMU was ready: {_shorten(error.exc)}") from error
+            if attempts == 1:
+                raise QemuSilent(f"{name}: QEMU greets, and does not consent to a session: {ascii(session.heard)[1:]}") from error
+            _log.warning("QEMU does not consent to a session, it is asked again", extra={"machine": name, "answer": ascii(session.heard)})
+        else:
+            undo.pop_all()  # the session has it now
+            return session, pid
+    return await _negotiated(path, name, peer_pid, attempts - 1)
 
 
 def _note_connected(monitor: Monitor) -> None:

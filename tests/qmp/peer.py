@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Self
 
@@ -12,26 +12,30 @@ GREETING = {"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "p
 
 
 class Peer:
-    """Serves one client at a time. `received` holds its commands after negotiation, in order of arrival."""
+    """Serves one client at a time. `received` holds its commands after negotiation, in order of arrival; `greeted` counts clients."""
 
-    def __init__(self, path: str, greeting: bytes | None) -> None:
+    def __init__(self, path: str, greeting: bytes | None, refusals: Sequence[bytes]) -> None:
         self.path = path
+        self.greeted = 0
         self.received: asyncio.Queue[dict[str, object]] = asyncio.Queue()
         self._greeting = line(GREETING) if greeting is None else greeting
+        self._refusals = list(refusals)
         self._writer: asyncio.StreamWriter | None = None
+        self._writers: list[asyncio.StreamWriter] = []
 
     @classmethod
     @asynccontextmanager
-    async def listening(cls, path: str, *, greeting: bytes | None = None) -> AsyncIterator[Self]:
-        """A peer for the block. `greeting` replaces the proper one, and nothing is negotiated then."""
-        peer = cls(path, greeting)
+    async def listening(cls, path: str, *, greeting: bytes | None = None, refusals: Sequence[bytes] = ()) -> AsyncIterator[Self]:
+        """A peer for the block. `greeting` replaces the proper one, and nothing is negotiated then. The first clients get `refusals`
+        for consent, one each."""
+        peer = cls(path, greeting, refusals)
         server = await asyncio.start_unix_server(peer._serve, path)
         try:
             yield peer
         finally:
             server.close()
-            if peer._writer is not None:
-                peer._writer.transport.abort()
+            for writer in peer._writers:
+                writer.transport.abort()
 
     async def send(self, raw: bytes) -> None:
         """Write bytes, waiting until most of them are taken."""
@@ -54,6 +58,8 @@ class Peer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
+        self._writers.append(writer)
+        self.greeted += 1
         writer.write(self._greeting)
         if self._greeting == line(GREETING):
             await self._converse(reader, writer)
@@ -75,7 +81,7 @@ class Peer:
                     self.received.put_nowait(command)
                 else:
                     negotiated = True
-                    writer.write(line({"return": {}}))
+                    writer.write(self._refusals.pop(0) if self._refusals else line({"return": {}}))
 
 
 def line(document: object) -> bytes:
