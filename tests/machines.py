@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -23,6 +25,20 @@ def spec_of(guest: Guest, name: str, **changes: object) -> MachineSpec:
     if guest.how == "bios":
         spec = msgspec.structs.replace(spec, firmware=BiosFirmware(path=str(guest.file)))
     return msgspec.structs.replace(spec, **changes)
+
+
+#: Above what any guest of ours uses, and below the end of a laden one's memory.
+LADEN_FROM: Final = 0x1000000
+LADEN_BYTES: Final = 16 * 1024 * 1024
+LADEN_MIB: Final = 64
+
+
+def laden(spec: MachineSpec, directory: Path) -> MachineSpec:
+    """The same with noise in its memory, which takes long to send where little is sent per second. What a guest uses itself does not."""
+    noise = directory / "noise"
+    noise.write_bytes(os.urandom(LADEN_BYTES))
+    device = {"driver": "loader", "file": str(noise), "addr": LADEN_FROM, "force-raw": True}
+    return msgspec.structs.replace(spec, memory_mib=LADEN_MIB, devices=(*spec.devices, device))
 
 
 def copy_of(guest: Guest, directory: Path) -> Guest:

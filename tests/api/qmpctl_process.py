@@ -11,6 +11,7 @@ import termios
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from qmpctl import terminal
 
@@ -39,8 +40,10 @@ async def between_pipes(socket: Path, *words: str, stdin: bytes = b"") -> tuple[
 class Screen:
     """A pseudo-terminal with qmpctl on it."""
 
-    def __init__(self, master: int, slave: int, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, master: int, slave: int, before: list[Any], process: asyncio.subprocess.Process) -> None:
         self.master = master
+        #: How the terminal was set before qmpctl had it.
+        self.before = before
         self.slave = slave
         self.process = process
         self.shown = b""
@@ -77,6 +80,7 @@ class Screen:
 async def on_screen(socket: Path, *words: str, **more: str) -> AsyncIterator[Screen]:
     """Qmpctl on a terminal of its own; killed at the end."""
     master, slave = pty.openpty()
+    before = termios.tcgetattr(slave)
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -89,7 +93,7 @@ async def on_screen(socket: Path, *words: str, **more: str) -> AsyncIterator[Scr
         start_new_session=True,
     )
     try:
-        yield Screen(master, slave, process)
+        yield Screen(master, slave, before, process)
     finally:
         if process.returncode is None:
             process.kill()

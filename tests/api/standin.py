@@ -20,7 +20,7 @@ from qmpd.lifecycle import State
 from qmpd.views import ErrorBody, MachineList, MachineView, StopView
 
 #: Nothing here takes a fraction of this; a test that waits longer has failed.
-PATIENCE_S: Final = 20.0
+PATIENCE_S: Final = 60.0
 
 Channel = Callable[[web.WebSocketResponse, "Asked"], Awaitable[None]]
 Answer = object

@@ -183,7 +183,7 @@ async def test_a_console_that_cannot_begin_is_refused_before_it_opens(socket_pat
 
 
 async def test_a_viewer_that_stops_reading_is_cut_and_the_others_are_not(start_server: Server, bench: Bench) -> None:
-    path = await start_server(Limits(reader_s=0.3, farewell_s=0.2, stall_s=1.0, connections_per_peer=2))
+    path = await start_server(Limits(reader_s=1.0, farewell_s=0.2, stall_s=2.0, connections_per_peer=2))
     flood = b"x" * 65536
     async with (
         bench.guest() as guest,

@@ -27,7 +27,7 @@ from qmpd_api.client import Client
 from qmpd_api.connection import Remote
 from qmpd_api.limits import Limits
 from qmpd_api.routes import JOIN_BYTES
-from tests.api.lab import LOOPBACK, Daemon, authority, daemon, host, port
+from tests.api.lab import LOOPBACK, Daemon, authority, daemon, host, port, reserved
 
 REQUEST = certificates.new_request("anybody").certificate
 
@@ -213,9 +213,7 @@ async def test_a_url_that_is_none_is_refused(lab: Lab, url: str) -> None:
 
 
 async def test_a_daemon_that_is_not_there_is_named(lab: Lab) -> None:
-    with port() as (_, number):
-        pass
-    with pytest.raises(HostError, match="cannot be joined"):
+    with reserved() as number, pytest.raises(HostError, match="cannot be joined"):
         await lab.joined("b", await lab.invited("b"), f"https://{LOOPBACK}:{number}")
 
 

@@ -95,7 +95,7 @@ async def test_one_user_cannot_take_all_connections(start_server: Server) -> Non
 
 
 async def test_many_silent_connections_are_refused_or_end(start_server: Server) -> None:
-    path = await start_server(Limits(connections_per_peer=50, idle_s=2.0))
+    path = await start_server(Limits(connections_per_peer=50, idle_s=6.0))
     async with AsyncExitStack() as stack:
         silent = [await stack.enter_async_context(connected(path)) for _ in range(200)]
         outcomes = await asyncio.gather(*(ended(reader) for reader, _ in silent))

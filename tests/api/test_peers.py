@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
@@ -28,7 +27,7 @@ from qmpd.views import CheckLine
 from qmpd_api.client import Client
 from qmpd_api.connection import Remote
 from qmpd_api.dialling import dialled
-from tests.api.lab import LOOPBACK, Daemon, authority, daemon, host, peer, port
+from tests.api.lab import LOOPBACK, Daemon, authority, daemon, host, peer, port, reserved
 from tests.api.standin import StandIn, for_qmpctl
 
 
@@ -159,11 +158,10 @@ async def test_without_certificates_nobody_is_reached(lab: Lab, tmp_path: Path) 
 
 
 async def test_a_peer_that_is_not_there_is_said_to_be_so(lab: Lab) -> None:
-    with socket.create_server((LOOPBACK, 0)) as listener:
-        gone = int(listener.getsockname()[1])
-    async with dialled(peer("b", gone), str(lab.a.pki.directory)) as client:
-        with pytest.raises(PeerUnavailable, match="cannot connect"):
-            await client.greeting()
+    with reserved() as gone:
+        async with dialled(peer("b", gone), str(lab.a.pki.directory)) as client:
+            with pytest.raises(PeerUnavailable, match="cannot connect"):
+                await client.greeting()
 
 
 async def asked(lab: Lab, *peers: Peer) -> list[CheckLine]:
@@ -178,10 +176,9 @@ async def test_a_check_without_a_daemon_asks_the_peers_as_well(lab: Lab) -> None
 
 
 async def test_a_check_says_what_is_wrong_with_a_peer_and_what_mends_it(lab: Lab) -> None:
-    with port() as (_, number):
-        pass
     localhost = msgspec.structs.replace(peer("b", lab.b.port), url=f"https://localhost:{lab.b.port}")
-    lines = await asked(lab, peer("c", lab.b.port), peer("b", number), localhost)
+    with reserved() as number:
+        lines = await asked(lab, peer("c", lab.b.port), peer("b", number), localhost)
     assert [(line.verdict, line.subject) for line in lines] == [("fail", "c"), ("warn", "b"), ("fail", "b")]
     assert "is peer:b, not peer:c" in lines[0].found
     assert "port is open" in (lines[1].mend or "")

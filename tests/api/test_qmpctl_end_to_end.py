@@ -99,12 +99,11 @@ async def test_a_definition_comes_back_as_it_went_in(qmpctl: Piped, client: Clie
 async def test_the_console_shows_the_guest_and_gives_the_terminal_back(socket: Path, client: Client) -> None:
     await client.create(SPEC, start=True)
     async with on_screen(socket, "console", "lab") as screen:
-        before = termios.tcgetattr(screen.slave)
         await screen.until(BANNER.encode())
         assert screen.raw
         screen.press(b"\x1d")
         assert await screen.ended() == Exit.OK
-        assert termios.tcgetattr(screen.slave) == before
+        assert termios.tcgetattr(screen.slave) == screen.before
     assert (await client.machine("lab")).state is State.RUNNING
     async with on_screen(socket, "console", "lab") as screen:
         await screen.until(BANNER.encode())

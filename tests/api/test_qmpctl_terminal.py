@@ -73,7 +73,6 @@ async def daemon(path: Path) -> AsyncIterator[StandIn]:
 async def test_the_console_is_raw_until_the_detach_key_puts_it_back(path: Path, daemon: StandIn) -> None:
     guest = daemon.channels["/v1/machines/lab/console"] = Guest()
     async with on_screen(path, "console", "lab") as screen:
-        before = termios.tcgetattr(screen.slave)
         await screen.until(rb"qmpctl: console of lab, Ctrl-\] detaches")
         await screen.until(b"login: ")
         assert screen.raw
@@ -82,7 +81,7 @@ async def test_the_console_is_raw_until_the_detach_key_puts_it_back(path: Path, 
         screen.press(b"x" + DETACH + b"never typed")
         await screen.until(rb"detached from lab")
         assert await screen.ended() == Exit.OK
-        assert termios.tcgetattr(screen.slave) == before
+        assert termios.tcgetattr(screen.slave) == screen.before
     assert guest.typed == b"root\x03\x1a\x04x"
 
 
@@ -98,24 +97,22 @@ async def test_what_a_guest_did_to_the_terminal_is_undone(path: Path, daemon: St
 async def test_the_terminal_is_put_back_when_the_machine_ends(path: Path, daemon: StandIn) -> None:
     daemon.channels["/v1/machines/lab/console"] = Guest()
     async with on_screen(path, "console", "lab") as screen:
-        before = termios.tcgetattr(screen.slave)
         await screen.until(b"login: ")
         screen.press(b"q")
         await screen.until(b"lab has ended")
         assert await screen.ended() == Exit.OK
-        assert termios.tcgetattr(screen.slave) == before
+        assert termios.tcgetattr(screen.slave) == screen.before
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
 async def test_the_terminal_is_put_back_when_a_signal_ends_qmpctl(path: Path, daemon: StandIn, number: int, code: int) -> None:
     daemon.channels["/v1/machines/lab/console"] = Guest()
     async with on_screen(path, "console", "lab") as screen:
-        before = termios.tcgetattr(screen.slave)
         await screen.until(b"login: ")
         assert screen.raw
         screen.process.send_signal(number)
         assert await screen.ended() == code
-        assert termios.tcgetattr(screen.slave) == before
+        assert termios.tcgetattr(screen.slave) == screen.before
 
 
 async def test_the_terminal_is_put_back_when_the_console_fails(path: Path, daemon: StandIn) -> None:
@@ -126,12 +123,11 @@ async def test_the_terminal_is_put_back_when_the_console_fails(path: Path, daemo
 
     daemon.channels["/v1/machines/lab/console"] = fail
     async with on_screen(path, "console", "lab") as screen:
-        before = termios.tcgetattr(screen.slave)
         await screen.until(b"login: ")
         screen.press(b"x")
         await screen.until(b"qmpctl: QEMU is gone")
         assert await screen.ended() == Exit.QEMU
-        assert termios.tcgetattr(screen.slave) == before
+        assert termios.tcgetattr(screen.slave) == screen.before
 
 
 async def test_a_misspelt_name_leaves_the_terminal_alone(path: Path, daemon: StandIn) -> None:

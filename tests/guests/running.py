@@ -17,7 +17,7 @@ from tests.newer_qemu import MACHINES, is_other
 BOOT_DEADLINE_S = 90.0
 """Until the first line. Guests boot within a second; a host that runs other work on both its cores takes its time."""
 
-KILL_DEADLINE_S = 20.0
+KILL_DEADLINE_S = 60.0
 """From SIGKILL to the end: the kernel has to give back the memory."""
 
 _SAMPLE_S = 0.05
@@ -119,19 +119,12 @@ class RunningGuest:
             GuestSilent: some thread never did.
         """
         end = time.monotonic() + deadline_s
-        while not self._asleep():
+        while not asleep(self.pid):
             try:
                 self._output += self._receive(min(end, time.monotonic() + _SAMPLE_S))
             except TimeoutError as busy:
                 if time.monotonic() >= end:
                     raise GuestSilent(f"busy for {deadline_s} s; {self.report()}") from busy
-
-    def _asleep(self) -> bool:
-        try:
-            threads = [thread.read_text() for thread in Path(f"/proc/{self.pid}/task").glob("*/stat")]
-        except (FileNotFoundError, ProcessLookupError):
-            return False  # a thread ended while we looked, so something was going on
-        return all(thread.rpartition(")")[2].split()[0] == "S" for thread in threads)
 
     def report(self) -> str:
         """The end of the output and of QEMU's stderr, for a failing test."""
@@ -140,6 +133,15 @@ class RunningGuest:
     def _receive(self, end: float) -> bytes:
         self._serial.settimeout(max(end - time.monotonic(), 0.001))
         return self._serial.recv(_CHUNK_BYTES)
+
+
+def asleep(pid: int) -> bool:
+    """Whether every thread of a QEMU sleeps now."""
+    try:
+        threads = [thread.read_text() for thread in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # a thread ended while we looked, so something was going on
+    return all(thread.rpartition(")")[2].split()[0] == "S" for thread in threads)
 
 
 @contextmanager

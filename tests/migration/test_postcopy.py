@@ -20,7 +20,7 @@ from tests.process.emulator import PATIENCE_S
 pytestmark = pytest.mark.qemu
 AGREED = Agreed(postcopy=True)
 #: So slow that it does not end by itself before the guest has moved, nor at once afterwards.
-SLOW = 50_000
+SLOW = 20_000
 
 
 async def halfway(source: End, destination: End, address: UnixAddress, server: ServerTls | None, client: ClientTls | None) -> Outgoing:

@@ -19,7 +19,7 @@ from qmpd.views import JobView, QmpRequest
 from tests.api.lab import Daemon
 from tests.guests.build import Guest
 from tests.machines import spec_of
-from tests.migration.doubtful import NAME, cuts_off, until, view
+from tests.migration.doubtful import NAME, cuts_off, until
 from tests.migration.test_moves import HUNG_S, LOOK_S, busy, counting, ended, known, pair, printed
 
 __all__ = ["counting"]
@@ -116,5 +116,5 @@ async def test_a_word_does_where_the_source_does_not_answer(
         may_go_on.set()
         assert (await ended(a, job)).state == "succeeded"
         assert known(a, NAME) is None
-        assert view(b).phase == "arrived"
+        await until(b, "arrived")
         await b.service.kill(NAME)

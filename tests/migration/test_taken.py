@@ -12,7 +12,7 @@ from qmpd.lifecycle import State
 from qmpd.migrationviews import Goal, MigrateRequest
 from tests.guests.build import Guest
 from tests.guests.trace import check_trace
-from tests.machines import copy_of, spec_of
+from tests.machines import copy_of, laden, spec_of
 from tests.migration.test_moves import HUNG_S, LOOK_S, known, printed
 from tests.migration.test_moving_logs import Hosts, gone, hosts, log_of, phase_at
 
@@ -38,7 +38,8 @@ async def taken_by_a_daemon_that_ends(both: Hosts) -> None:
 
 async def test_a_guest_that_was_halted_on_its_way_stays_halted(short_directory: Path, guests: dict[str, Guest]) -> None:
     async with hosts(short_directory) as both:
-        await both.daemons["a"].service.create(spec_of(copy_of(guests["x86_64-q35"], short_directory), NAME), start=True)
+        spec = laden(spec_of(copy_of(guests["x86_64-q35"], short_directory), NAME), short_directory)
+        await both.daemons["a"].service.create(spec, start=True)
         await printed(both.daemons["a"], NAME, 200)
         await taken_by_a_daemon_that_ends(both)
         await gone(both.daemons["a"], NAME)

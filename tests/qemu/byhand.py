@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.guests.build import Guest
+from tests.guests.running import asleep
 from tests.unavailable import tool
 
 EMULATOR: Final = "qemu-system-x86_64"
@@ -18,6 +19,8 @@ EMULATOR: Final = "qemu-system-x86_64"
 LISTENS: Final = " 00010000 "
 #: Generous: the hosts that run this are shared and slow, and only a hang may fail.
 PATIENCE_S: Final = 120.0
+#: Between two looks.
+LOOK_S: Final = 0.02
 
 
 def emulator() -> str:
@@ -44,14 +47,19 @@ async def there(path: Path) -> None:
     """Returns when the path exists."""
     async with asyncio.timeout(PATIENCE_S):
         while not await asyncio.to_thread(path.exists):
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(LOOK_S)
 
 
-async def listening(path: Path) -> None:
-    """Returns when somebody listens at a socket, without becoming a client of it."""
+async def listening(path: Path, hand: subprocess.Popen[bytes]) -> None:
+    """Returns when a QEMU listens at a socket and has built its machine, without becoming a client of it.
+
+    QEMU 7.2 may never hear a first client that comes while the monitor is being moved to its own thread: then its threads work.
+    """
     async with asyncio.timeout(PATIENCE_S):
         while not any(line.endswith(f" {path}\n") and LISTENS in line for line in _unix_sockets()):
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(LOOK_S)
+        while not await asyncio.to_thread(asleep, hand.pid):
+            await asyncio.sleep(LOOK_S)
 
 
 def _unix_sockets() -> list[str]:

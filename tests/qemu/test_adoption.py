@@ -48,9 +48,10 @@ def place(short_directory: Path) -> Path:
 
 
 async def test_an_adopted_machine_is_looked_after_like_any_other(service: Service, guest: Guest, place: Path) -> None:
-    path = place / "q"
-    with started(place, guest, "-qmp", "unix:q,server=on,wait=off", "-name", "My Lab", "-uuid", UUID) as hand:
-        await listening_at("q", path)
+    name = f"q{os.getpid()}"  # the kernel's table has it as it was given, and those of all others as well
+    path = place / name
+    with started(place, guest, "-qmp", f"unix:{name},server=on,wait=off", "-name", "My Lab", "-uuid", UUID) as hand:
+        await listening(Path(name), hand)
         view = await service.rescue.adopt(AdoptRequest(pid=hand.pid))
         assert (view.name, view.state, view.pid, view.uuid) == ("my-lab", State.RUNNING, hand.pid, UUID)
         assert (view.board, view.arch, view.memory_mib, view.accel) == ("x86_64-q35", "x86_64", 64, "tcg")
@@ -68,12 +69,6 @@ async def test_an_adopted_machine_is_looked_after_like_any_other(service: Servic
         assert hand.wait() == 0
 
 
-async def listening_at(name: str, path: Path) -> None:
-    """For a QEMU that was given a relative path: the kernel's table has that one, and the file is there before it listens."""
-    await listening(Path(name))
-    os.stat(path)  # noqa: PTH116
-
-
 async def test_what_it_is_becomes_a_definition(service: Service, guest: Guest, place: Path) -> None:
     path, disk = place / "q", place / "d.qcow2"
     await make((BlankImage(path=str(disk), format="qcow2", size_bytes=MIB),), ())
@@ -84,7 +79,7 @@ async def test_what_it_is_becomes_a_definition(service: Service, guest: Guest, p
         "-device", "virtio-rng-pci", "-S", "-qmp", f"unix:{path},server=on,wait=off",
     ]  # fmt: skip
     with started(place, guest, argv=argv) as hand:
-        await listening(path)
+        await listening(path, hand)
         view = await service.rescue.adopt(AdoptRequest(qmp=str(path), name="lab"))
         assert (view.state, view.status, view.pid) == (State.PAUSED, "prelaunch", hand.pid)
         assert view.adopted is not None
@@ -101,7 +96,7 @@ async def test_what_it_is_becomes_a_definition(service: Service, guest: Guest, p
 async def test_an_adopted_machine_survives_the_daemon(settings: Settings, guest: Guest, place: Path) -> None:
     path = place / "q"
     with started(place, guest, "-qmp", f"unix:{path},server=on,wait=off") as hand:
-        await listening(path)
+        await listening(path, hand)
         async with running(settings, {}) as service:
             first = await service.rescue.adopt(AdoptRequest(pid=hand.pid, name="lab"))
         async with running(settings, {}) as service:
@@ -122,7 +117,7 @@ async def test_a_machine_that_is_fully_understood_is_started_again(service: Serv
     skip_with_start_script()
     path = place / "q"
     with started(place, guest, "-qmp", f"unix:{path},server=on,wait=off") as hand:
-        await listening(path)
+        await listening(path, hand)
         view = await service.rescue.adopt(AdoptRequest(pid=hand.pid, name="lab"))
         assert view.adopted is not None
         assert view.adopted.unknown == ()
@@ -138,7 +133,7 @@ async def test_a_machine_that_is_not_fully_understood_is_not_started_again(servi
     path = place / "q"
     odd = ["-rtc", "base=localtime", "-device", "ich9-intel-hda", "-qmp", f"unix:{path},server=on,wait=off"]
     with started(place, guest, *odd) as hand:
-        await listening(path)
+        await listening(path, hand)
         view = await service.rescue.adopt(AdoptRequest(pid=hand.pid, name="lab"))
         assert view.adopted is not None
         assert given(view.adopted.unknown) == {"option -rtc base=localtime", "device ich9-intel-hda"}
@@ -156,7 +151,7 @@ async def test_a_machine_that_is_not_fully_understood_is_not_started_again(servi
 async def test_a_monitor_that_somebody_uses_is_not_taken_from_them(service: Service, guest: Guest, place: Path) -> None:
     path = place / "q"
     with started(place, guest, "-qmp", f"unix:{path},server=on,wait=off") as hand:
-        await listening(path)
+        await listening(path, hand)
         with client(path) as other:
             with pytest.raises(Held, match="has a client already"):
                 await service.rescue.adopt(AdoptRequest(pid=hand.pid))
@@ -169,7 +164,7 @@ async def test_a_monitor_that_somebody_uses_is_not_taken_from_them(service: Serv
 async def test_a_stopped_process_is_not_adopted_and_the_answer_says_why(service: Service, guest: Guest, place: Path) -> None:
     path = place / "q"
     with started(place, guest, "-qmp", f"unix:{path},server=on,wait=off") as hand:
-        await listening(path)
+        await listening(path, hand)
         hand.send_signal(signal.SIGSTOP)
         with pytest.raises(QemuSilent, match="its process is stopped"):
             await service.rescue.adopt(AdoptRequest(pid=hand.pid))
@@ -197,7 +192,7 @@ async def test_a_qemu_without_a_usable_monitor_is_left_alone(
 async def test_a_human_monitor_is_not_qmp(service: Service, guest: Guest, place: Path) -> None:
     path = place / "q"
     with started(place, guest, "-monitor", f"unix:{path},server=on,wait=off") as hand:
-        await listening(path)
+        await listening(path, hand)
         with pytest.raises(QemuDied, match="not JSON"):
             await service.rescue.adopt(AdoptRequest(qmp=str(path)))
         assert hand.poll() is None
@@ -221,7 +216,7 @@ async def test_our_own_machines_and_names_and_uuids_are_not_adopted_twice(servic
         await service.rescue.adopt(AdoptRequest(pid=view.pid))
     path = place / "q"
     with started(place, guest, "-qmp", f"unix:{path},server=on,wait=off", "-uuid", view.uuid) as hand:
-        await listening(path)
+        await listening(path, hand)
         for name in ("one", "two"):
             with pytest.raises(AlreadyExists):
                 await service.rescue.adopt(AdoptRequest(pid=hand.pid, name=name))
@@ -233,7 +228,7 @@ async def test_our_own_machines_and_names_and_uuids_are_not_adopted_twice(servic
 async def test_two_who_adopt_the_same_qemu_get_one_machine(service: Service, guest: Guest, place: Path) -> None:
     path = place / "q"
     with started(place, guest, "-qmp", f"unix:{path},server=on,wait=off") as hand:
-        await listening(path)
+        await listening(path, hand)
         asked = [service.rescue.adopt(AdoptRequest(pid=hand.pid, name=name)) for name in ("one", "two")]
         answers = await asyncio.gather(*asked, return_exceptions=True)
         assert sum(isinstance(answer, AlreadyExists) for answer in answers) == 1
@@ -243,7 +238,7 @@ async def test_two_who_adopt_the_same_qemu_get_one_machine(service: Service, gue
 async def test_an_adopted_machine_s_definition_is_not_deleted_while_it_lives(service: Service, guest: Guest, place: Path) -> None:
     path = place / "q"
     with started(place, guest, "-qmp", f"unix:{path},server=on,wait=off") as hand:
-        await listening(path)
+        await listening(path, hand)
         await service.rescue.adopt(AdoptRequest(pid=hand.pid, name="lab"))
         with pytest.raises(WrongState):
             await service.delete("lab", None)

@@ -56,7 +56,7 @@ async def test_a_killed_daemon_s_successor_has_the_adopted_machine(
 ) -> None:
     path = short_directory / "q"
     with started(short_directory, guests["x86_64-q35-quiet"], "-qmp", f"unix:{path},server=on,wait=off") as hand:
-        await listening(path)
+        await listening(path, hand)
         async with daemon(settings, short_directory) as client:
             first = await client.adopt(AdoptRequest(pid=hand.pid, name="lab"))
             assert (first.state, first.pid) == (State.RUNNING, hand.pid)

@@ -98,8 +98,10 @@ async def test_a_silent_machine_keeps_nobody_waiting_and_is_noticed(service: Ser
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     try:
-        noticed = await until(service, lambda now: value(now, "qmpd_machine_state", machine="silent", state="unresponsive") == 1)
-        assert value(noticed, "qmpd_qmp_unanswered") >= 1
+        silent = {"machine": "silent", "state": "unresponsive"}
+        noticed = await until(
+            service, lambda now: value(now, "qmpd_machine_state", **silent) == 1 and value(now, "qmpd_qmp_unanswered") >= 1
+        )
         assert value(noticed, "qmpd_machine_process_cpu_seconds", machine="silent") > 0
         answered = value(noticed, "qmpd_qmp_round_trip_seconds", le="+Inf")
         await until(service, lambda now: value(now, "qmpd_qmp_round_trip_seconds", le="+Inf") > answered)

@@ -258,7 +258,7 @@ async def test_while_the_host_goes_down_nothing_starts(service: Service, guests:
 
 async def test_a_machine_that_crashes_while_the_host_goes_down_is_not_started_again(service: Service, guests: dict[str, Guest]) -> None:
     restart = RestartPolicy(when="always", backoff_s=0.1)
-    await service.create(quiet(guests, "one", autostart_order=1, shutdown_timeout_s=1), start=True)
+    await service.create(quiet(guests, "one", autostart_order=1, shutdown_timeout_s=3), start=True)
     view = await service.create(quiet(guests, "two", restart=restart), start=True)
     job = await service.shutdown_host(HostShutdownRequest())
     await until(service, "one", lambda view: view.operation == "host-shutdown")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -19,7 +20,7 @@ from qmpd.daemon import running
 from qmpd.errors import Held, Invalid, MonitorUnavailable, NotFound, NotProven, QemuSilent, WrongState
 from qmpd.hostprocess import process
 from qmpd.lifecycle import State
-from qmpd.processviews import ForgetRequest
+from qmpd.processviews import ForgetRequest, TroubleView
 from qmpd.record import read_record, write_record
 from qmpd.runlock import taken
 from qmpd.service import Service
@@ -27,7 +28,7 @@ from qmpd.settings import Settings
 from qmpd.spec import MachineSpec
 from tests.guests.build import Guest
 from tests.machines import spec_of
-from tests.qemu.byhand import PATIENCE_S, listening, started, there
+from tests.qemu.byhand import LOOK_S, PATIENCE_S, listening, started, there
 
 pytestmark = pytest.mark.qemu
 
@@ -70,6 +71,14 @@ async def unreachable(settings: Settings, guests: dict[str, Guest]) -> AsyncIter
         end(pid)
 
 
+async def troubled(service: Service) -> TroubleView:
+    """What is the matter with the machine, once that was found out: the daemon answers before it has asked every QEMU."""
+    async with asyncio.timeout(PATIENCE_S):
+        while (found := service.machine("one").trouble) is None:
+            await asyncio.sleep(LOOK_S)
+    return found
+
+
 def end(pid: int) -> None:
     found = process(pid)
     if found is not None and found.is_qemu:
@@ -84,8 +93,7 @@ def python(program: str, *arguments: str, **options: object) -> Iterator[subproc
 
 async def test_an_unreachable_machine_says_what_was_tried_and_since_when(settings: Settings, guests: dict[str, Guest]) -> None:
     async with unreachable(settings, guests) as (service, _):
-        first = service.machine("one").trouble
-        assert first is not None
+        first = await troubled(service)
         assert str(socket_of(settings)) in first.reason
         with pytest.raises(MonitorUnavailable, match="no monitor at"):
             await service.rescue.reattach("one")
@@ -166,16 +174,14 @@ async def test_a_qemu_with_another_uuid_is_never_touched(settings: Settings, gue
     path = tmp_path / "q"
     directory = f"{settings.run_dir}/m/one"
     with started(tmp_path, guests["x86_64-q35-quiet"], "-qmp", f"unix:{path},server=on,wait=off") as stranger:
-        await listening(path)
+        await listening(path, stranger)
         found = process(stranger.pid)
         assert found is not None
         record = msgspec.structs.replace(read_record(directory), identity=found.identity, sockets={"qmp": str(path)})
         write_record(directory, record)
         async with running(settings, {}) as service:
-            view = service.machine("one")
-            assert view.state is State.UNREACHABLE
-            assert view.trouble is not None
-            assert "another QEMU: it says that its UUID is 00000000-" in view.trouble.reason
+            assert "another QEMU: it says that its UUID is 00000000-" in (await troubled(service)).reason
+            assert service.machine("one").state is State.UNREACHABLE
             for verb in (service.kill, service.rescue.power_off, service.stop, service.rescue.reattach):
                 with pytest.raises(NotProven):
                     await verb("one")
@@ -257,7 +263,7 @@ async def test_the_processes_of_the_host_are_listed_by_whose_they_are(service: S
     path = tmp_path / "q"
     word = "secret,id=s,data=hunter2"
     with started(tmp_path, guests["x86_64-q35-quiet"], "-qmp", f"unix:{path},server=on,wait=off", "-object", word) as stranger:
-        await listening(path)
+        await listening(path, stranger)
         found = {view.pid: view for view in await service.rescue.processes()}
         assert ours.pid is not None
         assert (found[ours.pid].kind, found[ours.pid].machine) == ("machine", "one")
