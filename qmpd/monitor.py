@@ -318,9 +318,10 @@ async def _negotiated(path: str, name: str, peer_pid: int | None, attempts: int 
         except ConnectError as error:
             if not isinstance(error.exc, NegotiationError):
                 raise QemuDied(f"{name}: the monitor ended before QEMU was ready: {_shorten(error.exc)}") from error
+            answer = ascii(session.heard)[1:]
             if attempts == 1:
-                raise QemuSilent(f"{name}: QEMU greets, and does not consent to a session: {ascii(session.heard)[1:]}") from error
-            _log.warning("QEMU does not consent to a session, it is asked again", extra={"machine": name, "answer": ascii(session.heard)})
+                raise QemuSilent(f"{name}: QEMU greets, and does not consent to a session: {answer}", answer=answer) from error
+            _log.warning("QEMU does not consent to a session, it is asked again", extra={"machine": name, "answer": answer})
         else:
             undo.pop_all()  # the session has it now
             return session, pid

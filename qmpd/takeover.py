@@ -156,6 +156,8 @@ async def _asking(path: str, found: HostProcess | None) -> AsyncIterator[Monitor
         async with connected(path, name=path, peer_pid=pid, deadline_s=GREETING_DEADLINE_S) as monitor:
             yield monitor
     except QemuSilent as error:
+        if "answer" in error.details:  # it does, and makes no sense
+            raise
         now_is = await asyncio.to_thread(process, pid) if pid is not None else None
         halted = now_is is not None and now_is.halted
         why = "its process is stopped" if halted else "another client uses it, or QEMU's main loop is blocked"

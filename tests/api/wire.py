@@ -13,7 +13,7 @@ from aiohttp import WSMsgType
 from qmpd.views import ErrorBody
 
 #: Every answer these tests wait for comes within a second; a loaded machine gets more.
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 HEAD = {"Host": "localhost"}
 

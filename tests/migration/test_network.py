@@ -38,7 +38,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
         print("refused")
 """
 #: On a whole line an answer takes microseconds.
-ANSWER_S = 30.0
+ANSWER_S = 60.0
 #: How long a line that must be silent is listened to.
 SILENCE_S = 0.3
 

@@ -26,6 +26,7 @@ from tests.guests.build import Guest
 from tests.machines import spec_of
 from tests.newer_qemu import given, skip_with_start_script
 from tests.qemu.byhand import PATIENCE_S, client, listening, started, there
+from tests.qmp.peer import GREETING, Peer, line
 
 MIB = 1024 * 1024
 
@@ -196,6 +197,13 @@ async def test_a_human_monitor_is_not_qmp(service: Service, guest: Guest, place:
         with pytest.raises(QemuDied, match="not JSON"):
             await service.rescue.adopt(AdoptRequest(qmp=str(path)))
         assert hand.poll() is None
+
+
+async def test_a_monitor_that_answers_nonsense_is_said_to(service: Service, place: Path) -> None:
+    path = str(place / "q")
+    async with Peer.listening(path, greeting=line(GREETING) + line({"error": {"class": "GenericError", "desc": "no"}})):
+        with pytest.raises(QemuSilent, match="does not consent to a session"):
+            await service.rescue.adopt(AdoptRequest(qmp=path))
 
 
 async def test_only_a_qemu_that_is_there_is_adopted(service: Service, place: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -334,16 +335,24 @@ async def test_the_printed_command_runs_by_hand(service: Service, settings: Sett
         await asyncio.to_thread(Path(directory).mkdir, parents=True)
     process = await asyncio.create_subprocess_exec(*command.argv)
     try:
-        reader, writer = await _greeted(f"{settings.run_dir}/m/one/qmp.sock", process)
-        writer.write(b'{"execute":"qmp_capabilities"}{"execute":"quit"}')
-        async with asyncio.timeout(PATIENCE_S):
-            assert await process.wait() == 0
-            await reader.read()
-        writer.close()
+        for monitor in ("qmp", "rescue"):  # QEMU 7.2 may never hear the very first client of one
+            if process.returncode is None:
+                await _quit(f"{settings.run_dir}/m/one/{monitor}.sock", process)
+        assert process.returncode == 0
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def _quit(path: str, process: asyncio.subprocess.Process) -> None:
+    """Tells a QEMU to end, and waits for that."""
+    _, writer = await _greeted(path, process)
+    writer.write(b'{"execute":"qmp_capabilities"}{"execute":"quit"}')
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(PATIENCE_S / 2):
+            await process.wait()
+    writer.close()
 
 
 async def _greeted(path: str, process: asyncio.subprocess.Process) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
