@@ -193,10 +193,10 @@ async def test_a_socket_that_somebody_took_over_is_told_nothing(bench: Bench, gu
         assert await thief.stdout.readline() == b"listening\n"
         async with serving(bench) as daemon:
             await daemon.ready()
-            machine = await told(bench, "GET", "/machines/one")
-            assert (machine["pid"], machine["state"] in AT_REST) == (pids["one"], False)
             async with asyncio.timeout(PATIENCE_S):
                 assert await thief.stdout.readline() == b"heard b''\n"
+            machine = await told(bench, "GET", "/machines/one")
+            assert (machine["pid"], machine["state"] in AT_REST) == (pids["one"], False)
             assert (await told(bench, "POST", "/machines/one/kill"))["method"] == "sigkill"
             assert await asyncio.to_thread(bench.processes) == []
             assert await daemon.stop() == 0

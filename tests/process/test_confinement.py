@@ -277,7 +277,8 @@ async def test_all_of_qemu_is_in_the_scope_of_its_machine_and_the_next_daemon_kn
             while {int(line) for line in (scope / "cgroup.threads").read_text().split()} != threads_of(view.pid):
                 await asyncio.sleep(0.02)
     async with daemon(settings, {}) as service:
-        assert (service.machine("web").pid, service.machine("web").cgroup) == (view.pid, str(scope))
+        again = await service.wait("web", frozenset({State.RUNNING}), PATIENCE_S)
+        assert (again.pid, again.cgroup) == (view.pid, str(scope))
         await service.kill("web")
         assert service.machine("web").cgroup is None
     async with asyncio.timeout(PATIENCE_S):

@@ -172,7 +172,7 @@ async def test_a_daemon_hears_that_a_tpm_died_while_none_ran(settings: Settings,
     await asyncio.to_thread(os.waitpid, swtpm.pid, 0)  # nobody else reaps it: it is this process's child
     async with running(settings, {}) as service:
         assert "while nobody looked" in str((await heard(service, "machine.tpm-lost")).data["reason"])
-        assert service.machine(NAME).state is State.RUNNING
+        await service.wait(NAME, frozenset({State.RUNNING}), HUNG_S)
         await service.kill(NAME)
 
 
