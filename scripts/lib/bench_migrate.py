@@ -13,13 +13,15 @@ import os
 import statistics
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from qmpd.credentials import server_directory
 from qmpd.migrationviews import MigrateRequest
 from qmpd.spec import Disk, ImageDisk, Kernel, MachineSpec
 from scripts.lib import bench_libvirt_hosts
@@ -82,30 +84,44 @@ async def measure(bench: Bench) -> list[Row]:
 
 
 async def _measured(bench: Bench, world: Hosts, libvirt: LibvirtHosts | None, size: Size) -> list[Row]:
-    floor, ours, theirs = [], [], []
+    floor, prepared, ours, theirs = [], [], [], []
     spec = await asyncio.to_thread(_spec, bench.root, world, size)
     async with world[0].client() as client:
         argv = without_diary(await command_line(client, spec))
-        uuid_ = (await client.create(spec, start=True)).uuid
+        machine = await client.create(spec, start=True)
+    uuid_ = machine.uuid
     world.onlooker.mind(uuid_)
     name = None if libvirt is None else await asyncio.to_thread(_started, libvirt, world, spec)
     await asyncio.sleep(SETTLE_S)
     pairs = bench.repeat or PAIRS
+    places = (world[0].certificates, world[1].certificates)
     for number in range(pairs):
-        floor.append(await asyncio.to_thread(_by_hand, world, argv))
+        floor.append(await asyncio.to_thread(_by_hand, world, argv, places))
+        async with _prepared(world, machine.emulator_version or "") as better:
+            prepared.append(await asyncio.to_thread(_by_hand, world, argv, better))
         ours.append(await _by_qmpd(world, spec.name, uuid_, number % 2))
         if libvirt is not None and name is not None:
             theirs.append(await asyncio.to_thread(_by_libvirt, libvirt, world, name, number % 2))
         say(
             f"  pair {number + 1}: by hand {floor[-1].total:.0f} ms with {floor[-1].downtime:.1f} ms of standstill,"
-            f" qmpd {ours[-1].total:.0f} ms with {ours[-1].downtime:.1f} ms"
+            f" {prepared[-1].total:.0f} ms where it is given parameters, qmpd {ours[-1].total:.0f} ms with {ours[-1].downtime:.1f} ms"
         )
     async with world[pairs % 2].client() as client:
         await client.kill(spec.name)
         await client.delete(spec.name)
     if libvirt is not None:
         await asyncio.to_thread(libvirt.end, pairs % 2)
-    return _rows(size, floor, ours, theirs)
+    return _rows(size, floor, prepared, ours, theirs)
+
+
+@asynccontextmanager
+async def _prepared(world: Hosts, version: str) -> AsyncIterator[tuple[Path, Path]]:
+    """The hosts' certificates as qmpd gives them to a QEMU that waits: with parameters that it would search for."""
+    async with AsyncExitStack() as made:
+        one, other = [
+            await made.enter_async_context(server_directory(str(host.certificates), str(world.shared), version)) for host in world.each
+        ]
+        yield Path(one), Path(other)
 
 
 def _started(libvirt: LibvirtHosts, world: Hosts, spec: MachineSpec) -> str:
@@ -144,7 +160,7 @@ async def _by_qmpd(world: Hosts, name: str, uuid_: str, at: int) -> Move:
     return Move(total=total.total_seconds() * 1e3, downtime=await asyncio.to_thread(world.onlooker.gap, uuid_) * 1e3)
 
 
-def _rows(size: Size, floor: Sequence[Move], ours: Sequence[Move], theirs: Sequence[Move]) -> list[Row]:
+def _rows(size: Size, floor: Sequence[Move], prepared: Sequence[Move], ours: Sequence[Move], theirs: Sequence[Move]) -> list[Row]:
     more = statistics.median(mine.downtime - low.downtime for mine, low in zip(ours, floor, strict=True))
     totals = paired(
         "migrate",
@@ -153,6 +169,12 @@ def _rows(size: Size, floor: Sequence[Move], ours: Sequence[Move], theirs: Seque
         floor=[one.total for one in floor],
         libvirt=[one.total for one in theirs],
         times=TOTAL_BAR,
+    )
+    without_search = paired(
+        "migrate",
+        f"the same, parameters given by hand too, {size.what}",
+        ours=[one.total for one in ours],
+        floor=[one.total for one in prepared],
     )
     standstill = paired(
         "migrate",
@@ -163,6 +185,7 @@ def _rows(size: Size, floor: Sequence[Move], ours: Sequence[Move], theirs: Seque
     )
     return [
         totals,
+        without_search,
         standstill,
         limited("migrate", f"longer than by hand, {size.what}", measured=more, limit=DOWNTIME_BAR_MS, unit="ms", samples=len(ours)),
     ]
@@ -189,12 +212,12 @@ def _own(before: str, word: str, name: str) -> str:
     return name if before == "-uuid" else word.replace(QMPD_DISK, BY_HAND_DISK)
 
 
-def _by_hand(world: Hosts, argv: Sequence[str]) -> Move:
+def _by_hand(world: Hosts, argv: Sequence[str], places: tuple[Path, Path]) -> Move:
     name = str(uuid.uuid4())
     world.onlooker.mind(name)
     program = emulators().program(Path(argv[0]).name.removeprefix(PREFIX))
     words = (program, *(_own(before, word, name) for before, word in itertools.pairwise(argv)))
-    trusted = Credentials(directories=(world[0].certificates, world[1].certificates), names=(world[0].name, world[1].name))
+    trusted = Credentials(directories=places, names=(world[0].name, world[1].name))
     pair = Pair(words, world.network, trusted)
     with pair.source() as here:
         time.sleep(SETTLE_S)
