@@ -259,10 +259,15 @@ def _copy(copy: Copy) -> None:
         shutil.copyfile(copy.source, temporary)
 
 
+def draft_of(target: Path) -> Path:
+    """Where an image is while it is made: what a daemon leaves there that is killed meanwhile is removed with the image."""
+    return target.with_name(f".{target.name}.new")
+
+
 @contextmanager
 def _making(target: Path) -> Iterator[Path]:
     """A name beside the target for what is being made: it becomes the target when it is whole, or is removed."""
-    temporary = target.with_name(f".{target.name}.new")
+    temporary = draft_of(target)
     try:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:

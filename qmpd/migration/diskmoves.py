@@ -34,7 +34,7 @@ from qmpd.plan.disks import base_node, base_of, disk_path, is_read_only
 from qmpd.record import write_record
 from qmpd.registry import Registry
 from qmpd.spec import BaseImage, BlankDisk, DiskFormat, ImageDisk, MachineSpec
-from qmpd.storage import examine, make
+from qmpd.storage import draft_of, examine, make
 from qmpd.store import Store, Unknown
 from qmpd.tasks import Tasks, undivided
 from qmpd.views import JobView, Progress
@@ -297,6 +297,7 @@ def _mark(path: str) -> tuple[int, int]:
 def _clear(move: DiskMove, *, is_moved: bool) -> None:
     """Removes the image that is of no use any more: the old one if qmpd made it, or the new one if the move made it. Blocks."""
     try:
+        draft_of(Path(move.path)).unlink(missing_ok=True)
         if is_moved and move.own is not None:
             Path(move.own).unlink(missing_ok=True)
         elif not is_moved and move.made is not None and _mark(move.path) == move.made:

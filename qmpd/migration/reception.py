@@ -39,6 +39,7 @@ from qmpd.planning import Planning
 from qmpd.power import EFFECT_DEADLINE_S
 from qmpd.settings import Peer, Settings
 from qmpd.spec import MachineSpec
+from qmpd.storage import draft_of
 
 MIB: Final = 1024 * 1024
 #: As libvirt and others have it: enough for switches that learn slowly, gone within seconds (times in milliseconds).
@@ -339,9 +340,10 @@ def kept_ports(launch: Launch) -> tuple[int, ...]:
 
 
 def remove_made(paths: tuple[str, ...]) -> None:
-    """Removes images that were made for a machine that did not come. Blocks."""
-    for path in paths:
+    """Removes images that were made for a machine that did not come, or were not made to their end. Blocks."""
+    for path in map(Path, paths):
         try:
-            Path(path).unlink(missing_ok=True)
+            draft_of(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         except OSError as error:
-            _log.error("an image that was made for a machine that did not come is left", extra={"path": path, "error": str(error)})
+            _log.error("an image that was made for a machine that did not come is left", extra={"path": str(path), "error": str(error)})

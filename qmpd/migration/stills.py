@@ -38,7 +38,7 @@ from qmpd.migrationviews import MigrationFinding
 from qmpd.plan import BlankImage
 from qmpd.plan.disks import base_of, is_read_only
 from qmpd.spec import BaseImage, DiskFormat, PflashFirmware
-from qmpd.storage import replace
+from qmpd.storage import draft_of, replace
 from qmpd.tasks import undivided
 from qmpd.views import Progress
 
@@ -180,7 +180,7 @@ def _copied(files: Iterable[Still]) -> None:
 def remove(paths: Iterable[str]) -> None:
     """Removes images, and what was left of making them. Blocks."""
     for path in map(Path, paths):
-        for each in (path, path.with_name(f".{path.name}.new")):
+        for each in (path, draft_of(path)):
             try:
                 failpoint("still-remove")
                 each.unlink(missing_ok=True)

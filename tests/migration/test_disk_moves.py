@@ -14,6 +14,7 @@ from qmpd.migration.diskmoves import _node
 from qmpd.migration.relocation import relocate
 from qmpd.migrationviews import MoveDiskRequest
 from qmpd.spec import BlankDisk
+from qmpd.storage import draft_of
 from qmpd.tasks import background
 from tests.api.lab import Daemon
 from tests.guests.build import Guest
@@ -112,6 +113,23 @@ async def test_the_next_daemon_finds_out_which_image_a_guest_has(short_directory
             last = await written(a, "writer", 10)
             await a.service.stop("writer")
             assert missing(read_ring(target), last) == ()
+
+
+async def test_the_next_daemon_removes_what_was_begun_of_an_image(short_directory: Path, guests: dict[str, Guest]) -> None:
+    guest, target = copy_of(guests["x86_64-pc-blocks"], short_directory), short_directory / "new.raw"
+    async with pair(short_directory) as (a, _):
+        await a.service.create(spec_of(guest, "writer"), start=True)
+        moves = a.service.disk_moves
+        move, _ = await moves._begun(a.service._registry.get("writer"), 0, MoveDiskRequest(path=str(target)))
+        await moves._note(move, move)
+        draft_of(target).write_bytes(b"as far as it came")
+        async with background() as tasks:
+            await moves.settle_all(tasks)
+            while (await moves._store.read("diskmove/")).records:
+                await asyncio.sleep(0.01)
+        assert not draft_of(target).exists()
+        await written(a, "writer", 5)
+        await a.service.kill("writer")
 
 
 class KilledError(Exception):
