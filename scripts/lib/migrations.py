@@ -23,11 +23,12 @@ import msgspec
 from scripts.lib import migration_soak
 from scripts.lib.progress import say
 from scripts.lib.restartable import DaemonFailed
-from tests.guests.build import build_all
+from tests.guests.build import Guest, build_all
 from tests.machines import spec_of
+from tests.migration.baggage import Baggage, UponBase, WithTpm
 from tests.migration.copying import suffered_in_copy, survey_of_copy
-from tests.migration.crashes import HARMS, PROMISED, Case, Verdict, crossed, said, suffered, survey
-from tests.migration.hosts import hosts
+from tests.migration.crashes import HARMS, PROMISED, Case, Point, Verdict, crossed, said, suffered, survey
+from tests.migration.hosts import Hosts, hosts
 from tests.migration.network import NoNetworks
 from tests.migration.resting import HARMS_AT_REST, suffered_at_rest, survey_at_rest
 from tests.migration.traveller import Broken
@@ -35,6 +36,11 @@ from tests.migration.traveller import Broken
 ROOT: Final = Path(__file__).resolve().parents[2]
 #: Boots at once, and costs little.
 GUEST: Final = "x86_64-microvm"
+#: What a machine that runs may take along, and the guest that would miss it.
+BAGGAGE: Final[dict[str, tuple[type[UponBase] | type[WithTpm], str]]] = {
+    "base": (UponBase, "x86_64-pc-blocks"),
+    "tpm": (WithTpm, "x86_64-q35-tpm"),
+}
 #: Has a disk to take along.
 GUEST_AT_REST: Final = "x86_64-q35"
 #: Of each daemon's log, when something was broken.
@@ -53,28 +59,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+class Trial:
+    """What the machines of a matrix are, and how each is put to the proof."""
+
+    def __init__(self, options: argparse.Namespace, world: Hosts, guests: dict[str, Guest]) -> None:
+        self._options = options
+        self._world = world
+        self._guests = guests
+        self._runs = options.copy == "running"
+
+    async def points(self) -> list[Point]:
+        """Every point on the way of such a machine."""
+        world, everything = self._world, self._options.everything
+        if self._options.copy:
+            return await survey_of_copy(world, self._guests[GUEST_AT_REST], everything=everything, runs=self._runs)
+        if self._options.at_rest:
+            return await survey_at_rest(world, self._guests[GUEST_AT_REST], everything=everything)
+        return await survey(world, await self._packed("survey"), everything=everything)
+
+    async def verdict(self, name: str, case: Case) -> Verdict:
+        """What comes of a case."""
+        if self._options.copy:
+            return await suffered_in_copy(self._world, self._guests[GUEST_AT_REST], name, case, runs=self._runs)
+        if self._options.at_rest:
+            return await suffered_at_rest(self._world, self._guests[GUEST_AT_REST], name, case)
+        return await suffered(self._world, await self._packed(name), case)
+
+    async def _packed(self, name: str) -> Baggage:
+        if self._options.baggage is None:
+            return Baggage(spec_of(self._guests[GUEST], name))
+        kind, guest = BAGGAGE[self._options.baggage]
+        return await kind.packed(self._world, self._guests[guest], name)
+
+
 async def _matrix(options: argparse.Namespace) -> int:
-    at_rest = options.at_rest or options.copy is not None
-    guest = (await asyncio.to_thread(build_all, ROOT / ".cache" / "guests"))[GUEST_AT_REST if at_rest else GUEST]
-    harms = options.harms or (HARMS_AT_REST if at_rest else PROMISED)
+    guests = await asyncio.to_thread(build_all, ROOT / ".cache" / "guests")
+    harms = options.harms or (HARMS_AT_REST if options.at_rest or options.copy else PROMISED)
     verdicts: list[Verdict] = []
     async with hosts() as world:
         await world.start()
-        if options.copy:
-            points = await survey_of_copy(world, guest, everything=options.everything, runs=options.copy == "running")
-        elif options.at_rest:
-            points = await survey_at_rest(world, guest, everything=options.everything)
-        else:
-            points = await survey(world, spec_of(guest, "survey"), everything=options.everything)
+        trial = Trial(options, world, guests)
+        points = await trial.points()
         chosen = [point for point in points if re.search(options.points, str(point))]
         say(f"migrations: {len(points)} points on the way, {len(chosen)} of them with {', '.join(harms)}")
         for number, case in enumerate(crossed(chosen, harms)):
-            if options.copy:
-                verdicts.append(await suffered_in_copy(world, guest, f"m{number}", case, runs=options.copy == "running"))
-            elif options.at_rest:
-                verdicts.append(await suffered_at_rest(world, guest, f"m{number}", case))
-            else:
-                verdicts.append(await suffered(world, spec_of(guest, f"m{number}"), case))
+            verdicts.append(await trial.verdict(f"m{number}", case))
             _tell(verdicts[-1])
             if verdicts[-1].broken:
                 say(said(world, LOG_LINES))
@@ -133,10 +162,15 @@ def _parser() -> argparse.ArgumentParser:
     proofs = parser.add_subparsers(dest="proof", required=True, metavar="PROOF")
     matrix = proofs.add_parser("matrix", help="every crash point")
     matrix.add_argument("--harms", nargs="+", choices=list(HARMS), metavar="HARM", help=f"of {', '.join(HARMS)}")
-    matrix.add_argument("--at-rest", action="store_true", help="of a machine that does not run, and moves as files")
-    matrix.add_argument(
-        "--copy", choices=("at-rest", "running"), help="of a machine that is copied, while it does not run or while it runs"
+    what = matrix.add_mutually_exclusive_group()
+    what.add_argument("--at-rest", action="store_true", help="of a machine that does not run, and moves as files")
+    what.add_argument(
+        "--with",
+        dest="baggage",
+        choices=list(BAGGAGE),
+        help="of one that runs, and has a disk upon a base that both hosts have, or a TPM",
     )
+    what.add_argument("--copy", choices=("at-rest", "running"), help="of a machine that is copied, while it does not run or while it runs")
     matrix.add_argument("--points", default="", metavar="REGEX", help="only points whose name this fits, like 'source ownership'")
     matrix.add_argument("--everything", action="store_true", help="at all failpoints there are, not those of migrations alone")
     soak = proofs.add_parser("soak", help="back and forth under load")

@@ -15,7 +15,8 @@ from qmpd.lifecycle import AT_REST, State
 from qmpd.migrationviews import CopyRequest, DiskChoice, MigrateRequest
 from qmpd.views import DefinitionView, MachineView
 from tests.guests.build import Guest
-from tests.migration.crashes import PRINTED, Case, Point, Verdict, made_whole, passed, removed, struck
+from tests.migration.baggage import PRINTED
+from tests.migration.crashes import Case, Point, Verdict, made_whole, passed, removed, struck
 from tests.migration.hosts import Host, Hosts
 from tests.migration.resting import OWN, Resting, digest_of, put_to_rest
 from tests.migration.traveller import PATIENCE_S, Broken

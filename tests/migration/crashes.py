@@ -20,13 +20,12 @@ from qmpd.errors import QmpdError
 from qmpd.failpoint import CATALOGUE
 from qmpd.lifecycle import AT_REST, State
 from qmpd.migrationviews import MigrateRequest
-from qmpd.spec import MachineSpec
 from qmpd.views import JobView
+from tests.migration.baggage import PRINTED, Baggage, Ending
 from tests.migration.hosts import Host, Hosts
 from tests.migration.traveller import LOOK_S, PATIENCE_S, Broken, Traveller
 
 Side = Literal["source", "destination"]
-Storage = Literal["auto", "shared", "copy"]
 
 #: The failpoints of both journals, of what one daemon says to the other, and of the disks of one moment.
 OF_MIGRATION: Final = ("migration-", "ownership-", "peer-", "still-")
@@ -36,8 +35,6 @@ FLAP_S: Final = 3.0
 CUT_S: Final = 25.0
 #: From the harm until daemons are started again: what goes on without them goes on.
 APART_S: Final = 1.0
-#: So much a guest prints before it is moved, and afterwards.
-PRINTED: Final = 60
 _PASSED: Final = re.compile(r"failpoint passed failpoint=(\S+) what=stop")
 
 
@@ -124,24 +121,29 @@ PROMISED: Final = ("source-daemon", "destination-daemon", "both-daemons", "sourc
 LASTING: Final = {"link-cut": CUT_S, "link-flap": FLAP_S, "deaf-source": CUT_S, "deaf-destination": CUT_S, "pause": 0.0}
 
 
-async def survey(world: Hosts, spec: MachineSpec, storage: Storage = "auto", *, everything: bool = False) -> list[Point]:
+async def survey(world: Hosts, baggage: Baggage, *, everything: bool = False) -> list[Point]:
     """Every point that a migration passes. Leaves the hosts as they were."""
-    machine = Traveller(world, spec)
+    machine = Traveller(world, baggage.spec, copied=baggage.copied)
     await machine.begin(world[0])
-    await machine.grown(world[0], PRINTED)
+    await baggage.begun(machine, world[0])
     sides = Sides(source=world[0], destination=world[1], machine=machine)
-    points = await passed(sides, MigrateRequest(peer=world[1].name, storage=storage), everything=everything)
+    points = await passed(sides, baggage.request(world[1]), everything=everything, own=baggage.points)
     await removed(machine)
     return points
 
 
 async def passed(
-    sides: Sides, request: MigrateRequest, *, everything: bool = False, settled: Callable[[], Awaitable[object]] | None = None
+    sides: Sides,
+    request: MigrateRequest,
+    *,
+    everything: bool = False,
+    own: tuple[str, ...] = (),
+    settled: Callable[[], Awaitable[object]] | None = None,
 ) -> list[Point]:
-    """Every point that this migration passes, which must end well: both daemons stop at each failpoint, and are sent on. `settled` waits
-    until all is over; as a rule one host has the machine then."""
+    """Every point that this migration passes, which must end well: both daemons stop at each failpoint, and are sent on. `own` are those of
+    what is taken along. `settled` waits until all is over; as a rule one host has the machine then."""
     world, machine = sides.machine.world, sides.machine
-    names = [name for name in CATALOGUE if everything or name.startswith(OF_MIGRATION)]
+    names = [name for name in CATALOGUE if everything or name.startswith((*OF_MIGRATION, *own))]
     begun = {host.name: len(host.log()) for host in world.each}
     thawing = asyncio.create_task(_thawed(world), name="thawing")  # a daemon may come by one before it answers
     try:
@@ -164,18 +166,18 @@ async def passed(
     return points
 
 
-async def suffered(world: Hosts, spec: MachineSpec, case: Case, storage: Storage = "auto") -> Verdict:
+async def suffered(world: Hosts, baggage: Baggage, case: Case) -> Verdict:
     """One case, from a machine that is made for it until that is gone again."""
-    machine = Traveller(world, spec)
+    machine = Traveller(world, baggage.spec, copied=baggage.copied)
     sides = Sides(source=world[0], destination=world[1], machine=machine)
     reached, end = False, ""
     broken: list[str] = []
     try:
         await machine.begin(sides.source)
-        await machine.grown(sides.source, PRINTED)
-        reached = await struck(sides, case, MigrateRequest(peer=sides.destination.name, storage=storage))
+        await baggage.begun(machine, sides.source)
+        reached = await struck(sides, case, baggage.request(sides.destination))
         await made_whole(world)
-        end, broken = await _judged(sides, case)
+        end, broken = await _judged(sides, case, baggage)
     except Broken as error:
         broken = [str(error)]
     finally:
@@ -222,7 +224,7 @@ async def _stopped(host: Host, asking: asyncio.Task[JobView | None], sides: Side
     return True
 
 
-async def _judged(sides: Sides, case: Case) -> tuple[str, list[str]]:
+async def _judged(sides: Sides, case: Case, baggage: Baggage) -> tuple[str, list[str]]:
     machine = sides.machine
     host, view = await machine.at_home()
     await asyncio.to_thread(machine.visit, host)
@@ -230,7 +232,8 @@ async def _judged(sides: Sides, case: Case) -> tuple[str, list[str]]:
     if view.state in AT_REST:
         if not case.harm.endswith("-qemu"):
             return end, [f"it ended, and nobody killed it: {view.exit}"]
-        return end, [] if view.exit is not None else ["it ended, and nobody says how"]
+        broken = [] if view.exit is not None else ["it ended, and nobody says how"]
+        return end, broken + await baggage.lost(Ending(machine=machine, host=host, runs=False))
     if view.state != "running":
         return end, [f"it is {view.state} ({view.status}) at {host.name}"]
     broken = []
@@ -238,11 +241,8 @@ async def _judged(sides: Sides, case: Case) -> tuple[str, list[str]]:
     if [life.pid for life in running] != [view.pid]:
         broken.append(f"the daemon says that pid {view.pid} runs it, and {[life.pid for life in running]} do")
     await machine.grown(host, PRINTED)
-    trace = await asyncio.to_thread(machine.trace)
-    if trace.breaks or trace.boots != 1:
-        broken.append(f"its output is broken: {trace.boots} boots, {trace.breaks}")
     broken += [f"left in QEMU at {host.name}: {what}" for what in await machine.untouched(host)]
-    return end, broken
+    return end, broken + await baggage.lost(Ending(machine=machine, host=host, runs=True))
 
 
 async def made_whole(world: Hosts) -> None:

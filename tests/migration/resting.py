@@ -21,7 +21,8 @@ from qmpd.migrationviews import DiskChoice, MigrateRequest
 from qmpd.spec import BlankDisk
 from tests.guests.build import Guest
 from tests.machines import copy_of, spec_of
-from tests.migration.crashes import PRINTED, Case, Point, Sides, Verdict, made_whole, passed, removed, struck
+from tests.migration.baggage import PRINTED
+from tests.migration.crashes import Case, Point, Sides, Verdict, made_whole, passed, removed, struck
 from tests.migration.hosts import Host, Hosts
 from tests.migration.traveller import Broken, Traveller
 

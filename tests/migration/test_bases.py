@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,12 +17,12 @@ from qmpd.migration.consignment import check_bases
 from qmpd.migration.likeness import BaseThere, SourceDisk, TargetDisk
 from qmpd.migration.protocol import BaseOffer, DiskOffer
 from qmpd.migrationviews import MigrateRequest
-from qmpd.spec import BaseImage, DiskFormat, ImageDisk, MachineSpec
+from qmpd.spec import BaseImage, DiskFormat, ImageDisk
 from qmpd.views import StartRequest
 from tests.api.lab import Daemon
 from tests.guests.build import Guest
-from tests.guests.ring import RING_SECTORS, RING_START, SECTOR_BYTES, missing, read_ring
-from tests.machines import copy_of, spec_of
+from tests.guests.ring import missing, read_ring
+from tests.migration.overlays import CHANGES, MIB, RING, base_of, below, content, overlaid, qemu_img, qemu_io
 from tests.migration.test_comparison import ARRIVAL, AT_REST, DEPARTURE, SHARED, codes
 from tests.migration.test_copying_live import copied, in_order, left
 from tests.migration.test_disk_moves import moved as moved_disk
@@ -33,52 +31,6 @@ from tests.migration.test_moves import HUNG_S, LOOK_S, ended, moved, pair
 from tests.migration.test_moving_disks import written
 
 pytestmark = pytest.mark.qemu
-
-MIB = 1024 * 1024
-BASE_MIB = 24
-#: Where the guest writes to.
-RING = slice(RING_START * SECTOR_BYTES, (RING_START + RING_SECTORS) * SECTOR_BYTES)
-
-
-async def qemu_img(*words: str) -> str:
-    """What it prints, if it has nothing to complain about."""
-    process = await asyncio.create_subprocess_exec("qemu-img", *words, stdout=asyncio.subprocess.PIPE)
-    output, _ = await process.communicate()
-    assert process.returncode == 0, words
-    return output.decode()
-
-
-async def content(image: Path, directory: Path) -> bytes:
-    """All that a guest sees of an image, through its whole chain."""
-    flat = directory / "flat.raw"
-    await qemu_img("convert", "-f", "qcow2", "-O", "raw", str(image), str(flat))
-    return flat.read_bytes()
-
-
-async def below(image: Path) -> str | None:
-    """What an image says it lies upon."""
-    found: str | None = json.loads(await qemu_img("info", "-U", "--output=json", str(image))).get("full-backing-filename")
-    return found
-
-
-async def overlaid(directory: Path, guest: Guest, base_format: DiskFormat = "raw") -> MachineSpec:
-    """A machine whose guest writes to an image upon a base that is full of something."""
-    raw = copy_of(guest, directory).file
-    with raw.open("r+b") as file:
-        file.seek(2 * MIB)
-        file.write(random.Random(1).randbytes(BASE_MIB * MIB - 2 * MIB))
-    base, image = directory / f"base.{base_format}", directory / "web.qcow2"
-    await qemu_img("convert", "-f", "raw", "-O", base_format, str(raw), str(base))
-    await qemu_img("create", "-q", "-f", "qcow2", "-b", str(base), "-F", base_format, str(image))
-    disk = ImageDisk(path=str(image), format="qcow2", base=BaseImage(path=str(base), format=base_format), bus="ide")
-    return spec_of(guest, "web", disks=(disk,))
-
-
-def base_of(spec: MachineSpec) -> Path:
-    (disk,) = spec.disks
-    assert isinstance(disk, ImageDisk)
-    assert disk.base is not None
-    return Path(disk.base.path)
 
 
 async def check(there: Daemon, image: Path, directory: Path, base: bytes, last: int) -> None:
@@ -344,18 +296,7 @@ async def test_a_copy_lies_upon_the_same_base(short_directory: Path, guests: dic
 async def test_what_a_guest_has_zeroed_or_freed_does_not_come_back_from_the_base(short_directory: Path, guests: dict[str, Guest]) -> None:
     spec = await overlaid(short_directory, guests["x86_64-pc-blocks"])
     web, image = short_directory / "web.qcow2", short_directory / "there.qcow2"
-    changes = ("write -z -u 10M 1M", "discard 12M 1M", "write -P 7 14M 64k", "write -z 15M 4k")
-    io = await asyncio.create_subprocess_exec(
-        "qemu-io",
-        "-f",
-        "qcow2",
-        "-d",
-        "unmap",
-        *(word for change in changes for word in ("-c", change)),
-        str(web),
-        stdout=asyncio.subprocess.DEVNULL,
-    )
-    assert await io.wait() == 0
+    await qemu_io(web, *CHANGES)
     before = await content(web, short_directory)
     assert before != base_of(spec).read_bytes()
     assert not any(before[10 * MIB : 11 * MIB])

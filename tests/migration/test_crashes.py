@@ -7,10 +7,11 @@ import pytest
 from scripts.lib import migrations
 from tests.guests.build import Guest
 from tests.machines import spec_of
+from tests.migration.baggage import Baggage
 from tests.migration.crashes import PROMISED, Case, Point, said, suffered, survey
 from tests.migration.hosts import hosts
 from tests.migration.network import NoNetworks
-from tests.unavailable import unavailable
+from tests.unavailable import tool, unavailable
 
 pytestmark = pytest.mark.qemu
 
@@ -24,6 +25,21 @@ POINTS = (
     Point(side="destination", failpoint="ownership-take", number=1),
     Point(side="destination", failpoint="ownership-taken", number=1),
 )
+#: The same where something is taken along, and while that is made at the destination, or goes at the source.
+LADEN_POINTS = {
+    "base": (
+        Point(side="destination", failpoint="image-made", number=1),
+        Point(side="source", failpoint="migration-performing-written", number=1),
+        Point(side="destination", failpoint="migration-loaded-written", number=1),
+        Point(side="destination", failpoint="ownership-taken", number=1),
+    ),
+    "tpm": (
+        Point(side="destination", failpoint="tpm-go", number=1),
+        Point(side="source", failpoint="ownership-given", number=1),
+        Point(side="destination", failpoint="ownership-take", number=1),
+        Point(side="source", failpoint="files-remove", number=1),
+    ),
+}
 #: A case takes seconds; one in which the line is cut for good, half a minute.
 LIMIT_S = 1200
 #: All of them.
@@ -37,7 +53,7 @@ async def test_a_machine_runs_once_whatever_dies(guests: dict[str, Guest], harm:
         async with hosts() as world:
             await world.start()
             for number, point in enumerate(POINTS[1:4:2] if harm == "link-cut" else POINTS):
-                verdict = await suffered(world, spec_of(guests[GUEST], f"m{number}"), Case(point=point, harm=harm))
+                verdict = await suffered(world, Baggage(spec_of(guests[GUEST], f"m{number}")), Case(point=point, harm=harm))
                 assert not verdict.broken, f"{verdict}\n{said(world, migrations.LOG_LINES)}"
                 assert verdict.reached, said(world, migrations.LOG_LINES)
     except NoNetworks as reason:
@@ -49,7 +65,7 @@ async def test_the_points_of_a_migration_are_those_of_both_journals(guests: dict
     try:
         async with hosts() as world:
             await world.start()
-            points = await survey(world, spec_of(guests[GUEST], "survey"))
+            points = await survey(world, Baggage(spec_of(guests[GUEST], "survey")))
     except NoNetworks as reason:
         unavailable(reason)
     assert set(POINTS) <= set(points)
@@ -57,9 +73,29 @@ async def test_the_points_of_a_migration_are_those_of_both_journals(guests: dict
         assert any(point.side == side and point.failpoint == "migration-settled" for point in points)
 
 
+@pytest.mark.timeout(LIMIT_S)
+@pytest.mark.parametrize("what", list(LADEN_POINTS))
+@pytest.mark.parametrize(
+    "harm", ["both-daemons", "destination-qemu", *(pytest.param(harm, marks=pytest.mark.slow) for harm in ("source-qemu", "link-flap"))]
+)
+async def test_what_a_machine_takes_along_is_whole_whatever_dies(guests: dict[str, Guest], what: str, harm: str) -> None:
+    tool("swtpm", "swtpm")
+    kind, guest = migrations.BAGGAGE[what]
+    try:
+        async with hosts() as world:
+            await world.start()
+            for number, point in enumerate(LADEN_POINTS[what]):
+                verdict = await suffered(world, await kind.packed(world, guests[guest], f"m{number}"), Case(point=point, harm=harm))
+                assert not verdict.broken, f"{verdict}\n{said(world, migrations.LOG_LINES)}"
+                assert verdict.reached
+    except NoNetworks as reason:
+        unavailable(reason)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(MATRIX_LIMIT_S)
-def test_every_crash_point(guests: dict[str, Guest], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("what", [[], ["--with", "base"], ["--with", "tpm"]])
+def test_every_crash_point(guests: dict[str, Guest], capsys: pytest.CaptureFixture[str], what: list[str]) -> None:
     assert guests
-    status = migrations.main(["matrix"])
+    status = migrations.main(["matrix", *what])
     assert status == 0, capsys.readouterr().out

@@ -14,7 +14,8 @@ from qmpd.migrationviews import MigrateRequest
 from qmpd.pki.directory import Pki
 from tests.guests.build import Guest
 from tests.machines import spec_of
-from tests.migration.crashes import PRINTED, Sides, asked, ended
+from tests.migration.baggage import PRINTED
+from tests.migration.crashes import Sides, asked, ended
 from tests.migration.hosts import Hosts, hosts, stopped
 from tests.migration.network import NoNetworks
 from tests.migration.strangers import WORDS, breaks_off, impostors, says
