@@ -150,6 +150,11 @@ async def accompanied(name: str, process: QemuProcess, recorded: Identity | None
         companion.close()
 
 
+def is_lost(process: QemuProcess) -> bool:
+    """Whether a QEMU runs on without the TPM that it had."""
+    return process.forsaken is not None or (process.companion is not None and process.companion.over.done())
+
+
 async def _watch(name: str, process: QemuProcess, companion: QemuProcess, publish: Publish) -> None:
     status = await companion.wait()
     failed = status.signal is not None or status.code not in {None, 0}

@@ -11,7 +11,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from qmpd import power
+from qmpd import power, tpm
 from qmpd.errors import Busy, Forbidden, MonitorUnavailable, NoSpace, QemuSilent, QmpdError, StaleRevision, WrongState
 from qmpd.failpoint import passing
 from qmpd.lifecycle import AT_REST, State
@@ -140,13 +140,17 @@ class Endings:
                 await self.set_going(arrival)
 
     async def _ready_to_run(self, arrival: Arrival) -> bool:
-        """Whether QEMU is there and answers. One that has ended is discarded, so that the source can go on with what it still has."""
+        """Whether QEMU is there and answers. One that has ended, or lost its TPM, is discarded, so that the source can go on with what it
+        still has."""
         machine = arrival.machine
         await machine.until(AT_REST | {State.INCOMING}, ANSWER_S)
         # Asked, and not only remembered: who takes what died a moment ago owns a machine that is lost, though the source still has it.
         answers = machine.state is State.INCOMING and await self._reception.answers(machine)
         if not answers and await machine.until(AT_REST, GONE_S):
             await self._discard_locked(arrival, last_words(machine))
+            return False
+        if answers and tpm.is_lost(machine.session.process):
+            await self._discard_locked(arrival, "the destination's TPM ended")
             return False
         if not answers:
             raise QemuSilent(f"the destination's QEMU is {machine.state}: ask again", state=str(machine.state))

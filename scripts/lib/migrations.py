@@ -94,7 +94,8 @@ class Trial:
 
 async def _matrix(options: argparse.Namespace) -> int:
     guests = await asyncio.to_thread(build_all, ROOT / ".cache" / "guests")
-    harms = options.harms or (HARMS_AT_REST if options.at_rest or options.copy else PROMISED)
+    own = BAGGAGE[options.baggage][0].harms if options.baggage else ()
+    harms = options.harms or (HARMS_AT_REST if options.at_rest or options.copy else (*PROMISED, *own))
     verdicts: list[Verdict] = []
     async with hosts() as world:
         await world.start()

@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 import re
+import signal
+import time
 from pathlib import Path
 from typing import Final
 
@@ -18,13 +21,14 @@ import msgspec
 from qmpd.migrationviews import DiskChoice, MigrateRequest
 from qmpd.record import read_record
 from qmpd.spec import BaseImage, ImageDisk, MachineSpec, Tpm
+from qmpd_api.client import Client
 from tests.guests.build import Guest
 from tests.guests.ring import acknowledged, missing, read_ring
 from tests.guests.tpmtrace import LINE, MEASURED, WORKS, Said, said, tpms_below
 from tests.machines import spec_of
 from tests.migration.hosts import Host, Hosts
 from tests.migration.overlays import CHANGES, RING, base_made, below, content, laid_upon, qemu_io
-from tests.migration.traveller import Broken, Traveller
+from tests.migration.traveller import LOOK_S, PATIENCE_S, Broken, Traveller
 
 #: So much a guest prints before it is moved, and afterwards.
 PRINTED: Final = 60
@@ -33,18 +37,20 @@ LEAKS: Final = 3
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a machine is when all is settled. It runs there, or is at rest because its QEMU was killed."""
+    """Where a machine is when all is settled. It runs there, or is at rest because its QEMU was killed. `harm` is what was done."""
 
     machine: Traveller
     host: Host
     runs: bool
+    harm: str = ""
 
 
 class Baggage:
-    """A machine with nothing but its memory. `points` are how the names of failpoints begin that only this baggage passes; `copied` says
-    whether there are disks that are copied."""
+    """A machine with nothing but its memory. `points` are how the names of failpoints begin that only this baggage passes, `harms`
+    are what only it can suffer; `copied` says whether there are disks that are copied."""
 
     points: tuple[str, ...] = ()
+    harms: tuple[str, ...] = ()
     copied = False
 
     def __init__(self, spec: MachineSpec) -> None:
@@ -146,6 +152,7 @@ class WithTpm(Baggage):
 
     # Of a process that starts at the destination beside a QEMU, and of its directory that goes at the source.
     points = ("gate-", "tpm-", "record-", "files-")
+    harms = ("source-tpm", "destination-tpm")
 
     def __init__(self, spec: MachineSpec) -> None:
         super().__init__(spec)
@@ -165,10 +172,12 @@ class WithTpm(Baggage):
     async def lost(self, ending: Ending) -> list[str]:
         assert self._first is not None
         machine, host = ending.machine, ending.host
-        broken = await asyncio.to_thread(_companions, ending)
-        answers = {Said(*groups) for groups in await asyncio.to_thread(_answers, machine)}
-        broken += [f"its TPM said {other}, and {self._first} before" for other in answers - {self._first}]
         async with host.client() as client:
+            without = ending.harm in self.harms and ending.runs and await _bereft(ending, client)
+            broken = await asyncio.to_thread(_companions, ending, without=without)
+            if not without:
+                answers = {Said(*groups) for groups in await asyncio.to_thread(_answers, machine)}
+                broken += [f"its TPM said {other}, and {self._first} before" for other in answers - {self._first}]
             if ending.runs:
                 await said(client, machine.name)
                 await client.stop(machine.name)
@@ -209,13 +218,34 @@ def _answers(machine: Traveller) -> set[tuple[str, str, int]]:
     return {(one[1], one[2], int(one[3], 16)) for one in found}
 
 
-def _companions(ending: Ending) -> list[str]:
-    """What is wrong with the processes that are TPMs of the machine, and with where their state is. Blocks."""
+async def _bereft(ending: Ending, client: Client) -> bool:
+    """Whether a guest runs on without its TPM where that was killed: the daemon must say so. Raises Broken."""
+    machine, place = ending.machine, ending.host.own(ending.machine.name)
+
+    async def told() -> bool:
+        return (await client.machine(machine.name)).tpm_lost is not None
+
+    end = time.monotonic() + PATIENCE_S
+    while not (lost := await told()) and not await asyncio.to_thread(tpms_below, place):
+        if time.monotonic() > end:
+            raise Broken("it has no TPM, and nobody says so")
+        await asyncio.sleep(LOOK_S)
+    return lost
+
+
+def kill_tpm(host: Host, machine: str) -> None:
+    """SIGKILL to the TPM of a machine's QEMU at a host, if there is one. Blocks."""
+    for pid in tpms_below(host.own(machine)):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _companions(ending: Ending, *, without: bool = False) -> list[str]:
+    """What is wrong with the processes that are TPMs of the machine, and with where their state is. `without`: its own is lost. Blocks."""
     machine, host = ending.machine, ending.host
     broken = []
     for each in machine.world.each:
         found, wanted = tpms_below(each.own(machine.name)), list[object]()
-        if each is host and ending.runs:
+        if each is host and ending.runs and not without:
             recorded = read_record(str(host.running_dir(machine.name))).tpm
             wanted = [recorded.pid] if recorded is not None else ["one that is recorded"]
         if found != wanted:

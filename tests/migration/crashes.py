@@ -21,7 +21,7 @@ from qmpd.failpoint import CATALOGUE
 from qmpd.lifecycle import AT_REST, State
 from qmpd.migrationviews import MigrateRequest
 from qmpd.views import JobView
-from tests.migration.baggage import PRINTED, Baggage, Ending
+from tests.migration.baggage import PRINTED, Baggage, Ending, kill_tpm
 from tests.migration.hosts import Host, Hosts
 from tests.migration.traveller import LOOK_S, PATIENCE_S, Broken, Traveller
 
@@ -89,6 +89,10 @@ async def _kill_qemu(host: Host, machine: Traveller) -> None:
     await asyncio.to_thread(host.kill_qemu, machine.name)
 
 
+async def _kill_tpm(host: Host, machine: Traveller) -> None:
+    await asyncio.to_thread(kill_tpm, host, machine.name)
+
+
 async def _cut(sides: Sides) -> None:
     await asyncio.to_thread(sides.machine.world.network.cut)
 
@@ -109,6 +113,8 @@ HARMS: Final[dict[str, Callable[[Sides], Awaitable[None]]]] = {
     "both-daemons": lambda sides: _kill(sides.source, sides.destination),
     "source-qemu": lambda sides: _kill_qemu(sides.source, sides.machine),
     "destination-qemu": lambda sides: _kill_qemu(sides.destination, sides.machine),
+    "source-tpm": lambda sides: _kill_tpm(sides.source, sides.machine),
+    "destination-tpm": lambda sides: _kill_tpm(sides.destination, sides.machine),
     "link-cut": _cut,
     "link-flap": _cut,
     "deaf-source": lambda sides: _deafen(sides, "source"),
@@ -233,7 +239,7 @@ async def _judged(sides: Sides, case: Case, baggage: Baggage) -> tuple[str, list
         if not case.harm.endswith("-qemu"):
             return end, [f"it ended, and nobody killed it: {view.exit}"]
         broken = [] if view.exit is not None else ["it ended, and nobody says how"]
-        return end, broken + await baggage.lost(Ending(machine=machine, host=host, runs=False))
+        return end, broken + await baggage.lost(Ending(machine=machine, host=host, runs=False, harm=case.harm))
     if view.state != "running":
         return end, [f"it is {view.state} ({view.status}) at {host.name}"]
     broken = []
@@ -242,7 +248,7 @@ async def _judged(sides: Sides, case: Case, baggage: Baggage) -> tuple[str, list
         broken.append(f"the daemon says that pid {view.pid} runs it, and {[life.pid for life in running]} do")
     await machine.grown(host, PRINTED)
     broken += [f"left in QEMU at {host.name}: {what}" for what in await machine.untouched(host)]
-    return end, broken + await baggage.lost(Ending(machine=machine, host=host, runs=True))
+    return end, broken + await baggage.lost(Ending(machine=machine, host=host, runs=True, harm=case.harm))
 
 
 async def made_whole(world: Hosts) -> None:

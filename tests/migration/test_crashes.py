@@ -7,7 +7,7 @@ import pytest
 from scripts.lib import migrations
 from tests.guests.build import Guest
 from tests.machines import spec_of
-from tests.migration.baggage import Baggage
+from tests.migration.baggage import Baggage, WithTpm
 from tests.migration.crashes import PROMISED, Case, Point, said, suffered, survey
 from tests.migration.hosts import hosts
 from tests.migration.network import NoNetworks
@@ -88,6 +88,28 @@ async def test_what_a_machine_takes_along_is_whole_whatever_dies(guests: dict[st
                 verdict = await suffered(world, await kind.packed(world, guests[guest], f"m{number}"), Case(point=point, harm=harm))
                 assert not verdict.broken, f"{verdict}\n{said(world, migrations.LOG_LINES)}"
                 assert verdict.reached
+    except NoNetworks as reason:
+        unavailable(reason)
+
+
+@pytest.mark.timeout(LIMIT_S)
+async def test_a_guest_is_not_taken_without_its_tpm_while_the_other_host_has_both(guests: dict[str, Guest]) -> None:
+    tool("swtpm", "swtpm")
+    given = Point(side="source", failpoint="ownership-given", number=1)
+    taken = Point(side="destination", failpoint="ownership-taken", number=1)
+    wanted = {
+        Case(point=POINTS[0], harm="source-tpm"): "running at host0",  # without it, as nobody has it any more
+        Case(point=given, harm="destination-tpm"): "running at host0",
+        Case(point=taken, harm="destination-tpm"): "running at host1",
+        Case(point=given, harm="source-tpm"): "running at host1",
+    }
+    try:
+        async with hosts() as world:
+            await world.start()
+            for number, (case, end) in enumerate(wanted.items()):
+                verdict = await suffered(world, await WithTpm.packed(world, guests["x86_64-q35-tpm"], f"m{number}"), case)
+                assert not verdict.broken, f"{verdict}\n{said(world, migrations.LOG_LINES)}"
+                assert (verdict.reached, verdict.end) == (True, end)
     except NoNetworks as reason:
         unavailable(reason)
 
