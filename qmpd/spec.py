@@ -6,6 +6,7 @@ whether it fits a board and a host is for `qmpd.validation`. Units are in the na
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -38,6 +39,8 @@ MEANINGS: Final = {
 }
 
 MAX_DISKS: Final = 32
+#: Each layer is one more open file and one more table to look at for every block that is read; longer chains are somebody's mistake.
+MAX_LAYERS: Final = 8
 MAX_NICS: Final = 16
 MAX_LABELS: Final = 64
 MAX_MEMORY_MIB: Final = 16 * 1024 * 1024
@@ -121,10 +124,19 @@ class Kernel(Document, frozen=True, kw_only=True):
 
 
 class BaseImage(Document, frozen=True, kw_only=True):
-    """What lies below an image that holds only what was written since (an overlay). It is only read, by any number of machines."""
+    """What lies below an image that holds only what was written since (an overlay). It is only read, by any number of machines. A qcow2 one
+    may lie upon a `base` itself; at most 8 lie below one disk."""
 
     path: Path
     format: DiskFormat
+    base: BaseImage | None = None
+
+    def layers(self) -> Iterator[BaseImage]:
+        """This one, and all that lie below it, the uppermost first."""
+        layer: BaseImage | None = self
+        while layer is not None:
+            yield layer
+            layer = layer.base
 
 
 class ImageDisk(Document, frozen=True, kw_only=True, tag_field="kind", tag="image"):

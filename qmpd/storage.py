@@ -65,7 +65,7 @@ def paths_of(spec: MachineSpec) -> tuple[str, ...]:
     """Every path a definition names."""
     images = [disk for disk in spec.disks if isinstance(disk, ImageDisk)]
     found: list[str | None] = [disk.path for disk in images]
-    found += [disk.base.path for disk in images if disk.base is not None]
+    found += [layer.path for disk in images if disk.base is not None for layer in disk.base.layers()]
     if spec.kernel is not None:
         found += [spec.kernel.image, spec.kernel.initrd, spec.kernel.dtb]
     if isinstance(spec.firmware, BiosFirmware):
@@ -143,6 +143,12 @@ def backing_at(image: str, path: str) -> str | None:
     """Where what an image says it was made upon would lead, were the image at `path`. None: nowhere. Blocks."""
     named = backing_name(_header(image))
     return _resolved(path, named) if named else None
+
+
+def backing_elsewhere(image: str, path: str) -> str | None:
+    """The same on another host: no link of this one is followed. None: nowhere. Blocks."""
+    named = backing_name(_header(image))
+    return os.path.normpath(Path(path).parent / named) if named else None
 
 
 def _refusal(header: bytes) -> str | None:
@@ -228,7 +234,8 @@ def replace(image: BlankImage) -> None:
             with temporary.open("wb") as file:
                 file.truncate(image.size_bytes)
         else:
-            below = () if image.base is None else ("-b", image.base.path, "-F", image.base.format)
+            # -u: of the layers below, each of which was examined, none is opened, so no header is followed.
+            below = () if image.base is None else ("-u", "-b", image.base.path, "-F", image.base.format)
             _qemu_img("create", "-q", "-f", image.format, *below, str(temporary), str(image.size_bytes))
 
 

@@ -17,6 +17,7 @@ from qmpd.facts import FileFacts, MachinePaths
 from qmpd.hostcheck.resources import volume
 from qmpd.hostcheck.tree import HostTree
 from qmpd.hostprocess import qemus
+from qmpd.plan.disks import layers
 from qmpd.runlock import is_taken
 from qmpd.segments import first
 from qmpd.settings import Settings
@@ -47,6 +48,7 @@ def of_files(spec: MachineSpec, paths: MachinePaths, settings: Settings) -> Iter
     """The files a definition names, and the disks that were made for it; each answer is a FileSeen."""
     written = {disk.path for disk in spec.disks if isinstance(disk, ImageDisk) and not disk.read_only and disk.media == "disk"}
     based = {disk.path for disk in spec.disks if isinstance(disk, ImageDisk) and disk.base is not None}
+    based |= {layer.path for disk in spec.disks for _, layer in layers(disk) if layer.base is not None}
     for path in paths_of(spec):
         role = "disk" if any(isinstance(disk, ImageDisk) and disk.path == path for disk in spec.disks) else "file"
         yield _file(spec.name, role, path, settings.pools, written_to=path in written, based=path in based)

@@ -43,7 +43,7 @@ def arranged(offer: Offer, spec: MachineSpec, facts: DestinationFacts, own: Mach
     copied = {wanted.index: wanted for wanted in offer.disks if wanted.index not in shared}
     based = {disk.index for disk in facts.disks if disk.based}
     bases = {index: wanted.base for index, wanted in copied.items() if index in based and wanted.base is not None}
-    wishes = {index: DiskTarget(path=wanted.path, format=wanted.format, base=_path(bases.get(index))) for index, wanted in copied.items()}
+    wishes = {index: DiskTarget(path=wanted.path, format=wanted.format, base=_paths(bases.get(index))) for index, wanted in copied.items()}
     here = retargeted(spec, Retarget(disks=wishes))
     images = {index: disk for index in copied if isinstance(disk := here.disks[index], ImageDisk)}
     for index, disk in images.items():
@@ -70,6 +70,10 @@ def bases_here(offer: Offer) -> tuple[BaseOffer, ...]:
 
 def _path(base: BaseOffer | None) -> str | None:
     return base.path if base is not None else None
+
+
+def _paths(base: BaseOffer | None) -> tuple[str, ...]:
+    return tuple(layer.path for layer in base.layers()) if base is not None else ()
 
 
 def _check_target(index: int, path: str, pools: Sequence[str]) -> None:

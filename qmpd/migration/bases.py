@@ -21,7 +21,7 @@ from qmpd.migration.extents import allocated, fingerprint
 from qmpd.migration.likeness import BaseThere
 from qmpd.migration.protocol import BaseOffer
 from qmpd.spec import BaseImage
-from qmpd.storage import examine
+from qmpd.storage import backing_elsewhere, examine
 from qmpd.tasks import Tasks
 
 #: How long a peer's question waits for a digest that is being made, and is told to ask again.
@@ -71,7 +71,7 @@ class Bases:
         self._turn = asyncio.Lock()
 
     async def offered(self, base: BaseImage, there: str | None) -> BaseOffer:
-        """What a peer is told of a base; `there` is where it has to look, if not at the same path. Waits until it has been read.
+        """What a peer is told of a base and all below it; `there` is where it has to look, if not at the same path. Waits until it is read.
 
         Raises:
             HostError: it cannot be read.
@@ -83,20 +83,36 @@ class Bases:
         if digest is None:
             raise HostError(f"{path} was not read to its end", path=path)
         look, used = await asyncio.to_thread(_sizes, path)
-        return BaseOffer(path=there or base.path, format=base.format, size=look.size, used_bytes=used, digest=digest)
+        offer = BaseOffer(path=there or base.path, format=base.format, size=look.size, used_bytes=used, digest=digest)
+        if base.base is None:
+            return offer
+        below = await self.offered(base.base, await asyncio.to_thread(_leads_to, base.path, offer.path))
+        return msgspec.structs.replace(offer, used_bytes=used + below.used_bytes, below=below)
 
     async def found(self, wanted: BaseOffer) -> BaseThere:
-        """What is here in place of a peer's base.
+        """What is here in place of a peer's base, and of what lies below that.
 
         Raises:
             NotYet: it is being read.
         """
+        for layer in wanted.layers():
+            there = await self._found(layer)
+            if not there.same:
+                below = "" if layer is wanted else f"below it, of {layer.path}: "
+                return BaseThere(path=wanted.path, same=False, why=f"{below}{there.why}")
+        return BaseThere(path=wanted.path, same=True)
+
+    async def _found(self, wanted: BaseOffer) -> BaseThere:
+        """One layer alone."""
         looked = (await asyncio.to_thread(examine, [wanted.path], self._pools))[wanted.path]
-        why = looked.refusal or {"denied": "permission denied", "missing": "there is no such file"}.get(looked.kind, "")
+        refusal = looked.refusal if wanted.below is None or looked.backing is None else None
+        why = refusal or {"denied": "permission denied", "missing": "there is no such file"}.get(looked.kind, "")
         if not why and (looked.kind != "file" or not looked.readable):
             why = "it is no file that can be read"
         elif not why and looked.size != wanted.size:
             why = f"it has {looked.size} bytes, and {wanted.size} at the source"
+        elif not why and wanted.below is not None and looked.backing != await asyncio.to_thread(os.path.realpath, wanted.below.path):
+            why = f"it lies upon {looked.backing or 'nothing'} here, and was to lie upon {wanted.below.path}"
         if why:
             return BaseThere(path=wanted.path, same=False, why=why)
         digest = await self._digest(looked.real_path, PATIENCE_S)
@@ -108,7 +124,7 @@ class Bases:
 
     async def check(self, wanted: Sequence[BaseOffer]) -> None:
         """For bases that were the same: raises CannotMove if somebody has changed one of them since. Reads none."""
-        for base in wanted:
+        for base in (layer for each in wanted for layer in each.layers()):
             path = await asyncio.to_thread(os.path.realpath, base.path)
             if await asyncio.to_thread(self._remembered, path) != base.digest:
                 raise CannotMove(f"{base.path} was changed since it was compared with the source's", path=base.path)
@@ -169,6 +185,12 @@ class Bases:
 def _look(path: str) -> _Look:
     status = Path(path).stat()
     return _Look(device=status.st_dev, inode=status.st_ino, size=status.st_size, mtime_ns=status.st_mtime_ns, ctime_ns=status.st_ctime_ns)
+
+
+def _leads_to(path: str, there: str) -> str | None:
+    """Where what an image lies upon has to be, were the image not at `path` but `there`. None: at the same place. Blocks."""
+    led = backing_elsewhere(path, there)
+    return None if led == backing_elsewhere(path, path) else led
 
 
 def _sizes(path: str) -> tuple[_Look, int]:

@@ -119,7 +119,7 @@ class DiskMoves:
             )
         needed = medium.used_bytes
         if (base := base_of(disk)) is not None and (request.format or disk.format) != "qcow2":
-            needed += await asyncio.to_thread(allocated, base.path)
+            needed += await asyncio.to_thread(lambda: sum(allocated(layer.path) for layer in base.layers()))
         await asyncio.to_thread(self._check_target, request.path, needed)
         move = DiskMove(
             machine=machine.name,

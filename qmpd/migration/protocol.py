@@ -7,6 +7,7 @@ could misunderstand another one's offer; a destination refuses what it does not 
 from __future__ import annotations
 
 from binascii import a2b_base64, b2a_base64
+from collections.abc import Iterator
 from math import ceil
 from typing import Annotated, Final, Literal
 
@@ -43,13 +44,22 @@ class FileMark(Request, frozen=True, kw_only=True):
 
 class BaseOffer(Request, frozen=True, kw_only=True):
     """What lies below a disk's image at the source: `path` is where the destination is to look for the same, `size` its length,
-    `used_bytes` what is in it, and `digest` tells whether it is the same (`qmpd.migration.extents`)."""
+    `used_bytes` what is in it and all below it, and `digest` tells whether it is the same (`qmpd.migration.extents`). `below`: it lies upon
+    another one, which has to be the same as well, where the header of this one leads from `path`."""
 
     path: Path
     format: DiskFormat
     size: Bytes
     used_bytes: Bytes = 0
     digest: Text
+    below: BaseOffer | None = None
+
+    def layers(self) -> Iterator[BaseOffer]:
+        """This one, and all that lie below it, the uppermost first."""
+        layer: BaseOffer | None = self
+        while layer is not None:
+            yield layer
+            layer = layer.below
 
 
 class DiskOffer(Request, frozen=True, kw_only=True):

@@ -15,7 +15,8 @@ from qmpd.errors import Problem, invalid
 from qmpd.facts import FileFacts
 from qmpd.migration.discrepancy import found
 from qmpd.migrationviews import MigrationFinding
-from qmpd.spec import BiosFirmware, BlankDisk, DiskFormat, ImageDisk, MachineSpec, PflashFirmware, UserNic
+from qmpd.plan.disks import layers
+from qmpd.spec import BaseImage, BiosFirmware, BlankDisk, DiskFormat, ImageDisk, MachineSpec, PflashFirmware, UserNic
 from qmpd.viewbase import View
 
 #: What becomes of a path of a definition on another host.
@@ -35,11 +36,12 @@ class HostPath(View, frozen=True, kw_only=True):
 
 
 class DiskTarget(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a disk is to be on the other host; None: as it is here. `base` is where that has what it lies upon; None: it has all of it."""
+    """Where a disk is to be on the other host; None: as it is here. `base` is where that has what it lies upon, and
+    what that lies upon, the uppermost first; none: it has all of it."""
 
     path: str | None = None
     format: DiskFormat | None = None
-    base: str | None = None
+    base: tuple[str, ...] = ()
 
 
 class Retarget(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,8 +73,8 @@ def _host_paths(spec: MachineSpec) -> Iterator[HostPath]:
     for index, disk in enumerate(spec.disks):
         if isinstance(disk, ImageDisk):
             yield HostPath(field=f"$.disks[{index}].path", path=disk.path, use="disk")
-            if disk.base is not None:
-                yield HostPath(field=f"$.disks[{index}].base.path", path=disk.base.path, use="base")
+            for depth, layer in layers(disk):
+                yield HostPath(field=f"$.disks[{index}].{'base.' * depth}path", path=layer.path, use="base")
 
 
 def retargeted(spec: MachineSpec, wanted: Retarget) -> MachineSpec:
@@ -111,7 +113,9 @@ def _disk(disk: ImageDisk | BlankDisk, target: DiskTarget | None) -> ImageDisk |
         return disk
     if isinstance(disk, BlankDisk):
         return msgspec.structs.replace(disk, format=target.format or disk.format)
-    base = None if disk.base is None or target.base is None else msgspec.structs.replace(disk.base, path=target.base)
+    base: BaseImage | None = None
+    for (_, layer), path in reversed(list(zip(layers(disk), target.base, strict=False))):
+        base = msgspec.structs.replace(layer, path=path, base=base)
     return msgspec.structs.replace(disk, path=target.path or disk.path, format=target.format or disk.format, base=base)
 
 

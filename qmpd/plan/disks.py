@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Final
 
 from qmpd.argv import Option, document, pairs
@@ -61,6 +62,12 @@ def base_of(disk: Disk) -> BaseImage | None:
     return disk.base if isinstance(disk, ImageDisk) else None
 
 
+def layers(disk: Disk) -> Iterator[tuple[int, BaseImage]]:
+    """All that lies below the image of a disk, and how deep each lies: 1 is what the image was made upon."""
+    base = base_of(disk)
+    return enumerate(base.layers(), 1) if base is not None else iter(())
+
+
 def boot_index(machine: Resolved, kind: BootDevice, ordinal: int) -> int | None:
     """The boot index of the `ordinal`-th device of a kind: all of the first kind in `boot_order`, then all of the next."""
     order = machine.spec.boot_order
@@ -110,9 +117,10 @@ def _block_node(machine: Resolved, index: int) -> Option:
 
 
 def base_node(base: BaseImage) -> dict[str, object]:
-    """What lies below an image, as QEMU is told: in full, so that no header makes it open another file."""
+    """What lies below an image, as QEMU is told: in full, down to the lowest layer, so that no header makes it open another file."""
     node: dict[str, object] = {"driver": base.format, "read-only": True, "file": {"driver": "file", "filename": base.path}}
-    return node | ({"backing": None} if base.format == "qcow2" else {})
+    below = base_node(base.base) if base.base is not None else None
+    return node | ({"backing": below} if base.format == "qcow2" else {})
 
 
 def _device(machine: Resolved, index: int, bus: DiskBus, name: str, position: int, boot: int | None) -> Option:
@@ -148,7 +156,7 @@ def _board_slot(machine: Resolved, index: int, bus: DiskBus, position: int) -> O
         "file.driver": "file",
         "file.filename": image_path(machine, index),
     }
-    if (base := base_of(disk)) is not None:
-        values |= {"backing.driver": base.format, "backing.file.driver": "file", "backing.file.filename": base.path}
-        values |= {"backing.read-only": True}
+    for depth, layer in layers(disk):
+        named = {"driver": layer.format, "file.driver": "file", "file.filename": layer.path, "read-only": True}
+        values |= {f"{'backing.' * depth}{key}": value for key, value in named.items()}
     return pairs("drive", "", values)

@@ -9,9 +9,9 @@ from typing import Final
 
 from qmpd.board import DiskBus
 from qmpd.errors import Problem
-from qmpd.plan.disks import halts_on_error, is_cdrom, is_read_only
+from qmpd.plan.disks import halts_on_error, is_cdrom, is_read_only, layers
 from qmpd.plan.resolution import disk_bus, mac_address, nic_model
-from qmpd.spec import BaseImage, BlankDisk, Disk, ImageDisk, MachineSpec, UserNic
+from qmpd.spec import MAX_LAYERS, BaseImage, BlankDisk, Disk, ImageDisk, MachineSpec, UserNic
 from qmpd.validation.subject import Subject, choices, file_problems, problem
 
 #: The multicast bit of a MAC address (IEEE 802.3, I/G bit).
@@ -56,25 +56,31 @@ def _image(subject: Subject, disk: ImageDisk, where: str) -> Iterator[Problem]:
     facts = subject.file(disk.path)
     if not found and disk.format == "qcow2" and facts.magic != "qcow2":
         yield problem(f"{where}.format", f"{disk.path} is not a qcow2 image; state format = 'raw' if it is a raw one")
+    elif base is not None and len(list(base.layers())) > MAX_LAYERS:
+        yield problem(f"{where}.base", f"more than {MAX_LAYERS} layers lie below this image: flatten some of them with qemu-img convert")
     elif base is not None:
         yield from _based(subject, disk, base, where, seen=not found)
 
 
-def _based(subject: Subject, disk: ImageDisk, base: BaseImage, where: str, *, seen: bool) -> Iterator[Problem]:
-    """A base must be what the image was made upon: with another one the guest would find another disk."""
+def _based(subject: Subject, above: ImageDisk | BaseImage, base: BaseImage, where: str, *, seen: bool) -> Iterator[Problem]:
+    """A base must be what the image `above` was made upon: with another one the guest would find another disk. So must what it lies upon
+    itself, of which its header says what it is, and the definition whether that may be."""
     below = subject.file(base.path)
-    if below.backing is not None:
-        yield problem(f"{where}.base.path", f"{base.path} lies upon {below.backing} itself: flatten it with qemu-img convert")
+    if below.backing is not None and base.base is None:
+        message = f"{base.path} lies upon {below.backing} itself: name that as its base, or flatten it with qemu-img convert"
+        yield problem(f"{where}.base.path", message)
         return
-    found = list(file_problems(subject, base.path, f"{where}.base.path"))
+    found = list(file_problems(subject, base.path, f"{where}.base.path", based=base.base is not None))
     yield from found
-    if disk.format != "qcow2":
-        yield problem(f"{where}.base", f"a {disk.format} image has nothing below it; leave base out")
+    if above.format != "qcow2":
+        yield problem(f"{where}.base", f"a {above.format} image has nothing below it; leave base out")
     elif not found and base.format == "qcow2" and below.magic != "qcow2":
         yield problem(f"{where}.base.format", f"{base.path} is not a qcow2 image; state format = 'raw' if it is a raw one")
-    elif not found and seen and (backing := subject.file(disk.path).backing) != (below.real_path or base.path):
+    elif not found and seen and (backing := subject.file(above.path).backing) != (below.real_path or base.path):
         made = f"upon {backing}" if backing is not None else "upon nothing"
-        yield problem(f"{where}.base.path", f"{disk.path} was made {made}: name that (qemu-img rebase -u, where the file was moved)")
+        yield problem(f"{where}.base.path", f"{above.path} was made {made}: name that (qemu-img rebase -u, where the file was moved)")
+    if base.base is not None:
+        yield from _based(subject, base, base.base, f"{where}.base", seen=not found)
 
 
 def _card_size(subject: Subject, disk: Disk, where: str) -> Iterator[Problem]:
@@ -105,7 +111,7 @@ def shared_images(subject: Subject) -> Iterator[Problem]:
     for index, disk in enumerate(subject.spec.disks):
         if not isinstance(disk, ImageDisk):
             continue
-        named = [("path", disk.path, is_read_only(disk)), *([("base.path", disk.base.path, True)] if disk.base is not None else [])]
+        named = [("path", disk.path, is_read_only(disk)), *((f"{'base.' * depth}path", layer.path, True) for depth, layer in layers(disk))]
         for field, path, read_only in named:
             real = subject.file(path).real_path or path
             if real in seen and not (read_only and seen[real][1]):

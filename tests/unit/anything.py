@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import msgspec
 from hypothesis import strategies as st
@@ -12,7 +12,7 @@ from msgspec import inspect
 
 from qmpd.board import NamedBoard
 from qmpd.facts import AcceleratorFacts, EmulatorFacts, FileFacts, MachinePaths, MachineType, World
-from qmpd.spec import MachineSpec
+from qmpd.spec import BaseImage, DiskFormat, MachineSpec
 from tests.golden.worlds import CATALOGUE, everything
 
 #: Few, so that they meet: a path that is there, one that is not, one that is used twice.
@@ -43,6 +43,10 @@ BY_NAME: Final[dict[str, st.SearchStrategy[object]]] = {
     "device": st.sampled_from((None, *DEVICES, "nosuchdevice")),
     "machine": st.sampled_from((None, "q35", "virt", "nosuchmachine")),
     "path": st.sampled_from(PATHS),
+    "base": st.recursive(
+        st.none(),
+        lambda below: st.builds(BaseImage, path=st.sampled_from(PATHS), format=st.sampled_from(get_args(DiskFormat)), base=below),
+    ),
     "image": st.sampled_from(PATHS),
     "code": st.sampled_from(PATHS),
     "vars": st.sampled_from(PATHS),

@@ -193,6 +193,19 @@ def test_what_lies_below_an_image_is_named_in_full(base_format: str) -> None:
     assert f"backing.driver={base_format},backing.file.driver=file,backing.file.filename=/b,backing.read-only=on" in card
 
 
+def test_every_layer_below_an_image_is_named_in_full() -> None:
+    board = {"disks": {"hd": {"device": "hd"}, "card": {"drive_interface": "sd"}}, "default_disk": "hd"}
+    lowest = {"path": "/c", "format": "qcow2"}
+    image = {"kind": "image", "path": "/d", "format": "qcow2", "base": {"path": "/b", "format": "qcow2", "base": lowest}}
+    made = planned({"disks": [image, {**image, "bus": "card"}]}, board)
+    (node,) = documents(made, "blockdev")
+    named = {name: {"driver": "qcow2", "read-only": True, "file": {"driver": "file", "filename": name}} for name in ("/b", "/c")}
+    assert node["backing"] == named["/b"] | {"backing": named["/c"] | {"backing": None}}
+    card = next(word for word in made.by_hand().split() if "if=sd" in word)
+    assert "backing.backing.file.filename=/c" in card
+    assert "backing.backing.read-only=on" in card
+
+
 def test_disks_are_spread_over_the_units_of_a_bus() -> None:
     board = {"disks": {"ide": {"device": "hd", "bus": "ide.{index}", "units": 2}}, "default_disk": "ide"}
     made = planned({"disks": [{"kind": "blank", "size_mib": 1}] * 3}, board)
