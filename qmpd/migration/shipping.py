@@ -20,6 +20,7 @@ from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine
 from qmpd.migration import outgoing
 from qmpd.migration.addresses import Address, TcpAddress, UnixAddress
+from qmpd.migration.answers import answered
 from qmpd.migration.bases import Bases
 from qmpd.migration.belongings import announced
 from qmpd.migration.bitmaps import Bitmap, bitmaps, check_movable
@@ -94,6 +95,8 @@ class Shipment:
             MigrationFailed: it failed, or the goal says to give up.
         """
         await explained(self._outgoing.send(self._progressed), self.meter)
+        if self._machine.has_process:
+            await answered(self._machine.session.process)
         await explained(self._outgoing.switch_over(), self.meter)
 
     @property

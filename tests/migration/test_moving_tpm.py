@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from qmpd.spec import MachineSpec, Tpm
 from qmpd.views import StartRequest
 from tests.golden.worlds import CATALOGUE
 from tests.guests.build import Guest
-from tests.guests.tpmtrace import MEASURED, WORKS, said, tpms_below
+from tests.guests.tpmtrace import LINE, MEASURED, WORKS, Said, said, tpms_below
 from tests.machines import copy_of, spec_of
 from tests.migration.test_moves import ended, known, moved, pair, printed
 from tests.migration.test_moving_logs import gone
@@ -72,6 +73,29 @@ async def test_a_tpm_goes_on_where_its_guest_goes_on(short_directory: Path, mach
         await moved(b, NAME, "a")
         assert await said(a.service, NAME) == third
         await a.service.kill(NAME)
+
+
+async def test_an_answer_that_is_late_is_not_lost_on_the_way(short_directory: Path, machine: MachineSpec) -> None:
+    """The guest is halted while its TPM has a command: QEMU sends the buffer for the answer with the memory, and must have it by then."""
+    async with pair(short_directory) as (a, b):
+        await a.service.create(machine, start=True)
+        first = await said(a.service, NAME)
+        swtpm = swtpm_of(str(short_directory / "a" / "r")).pid
+        os.kill(swtpm, signal.SIGSTOP)
+        try:
+            job = await a.service.migration.migrate(NAME, MigrateRequest(peer="b"))
+            async with asyncio.timeout(HUNG_S):
+                while a.service.machine(NAME).status in {"running", None}:
+                    await asyncio.sleep(LOOK_S)
+        finally:
+            os.kill(swtpm, signal.SIGCONT)
+        assert (await ended(a, job)).state == "succeeded"
+        for _ in range(5):
+            assert await said(b.service, NAME) == first
+        output = b"".join(path.read_bytes() for path in sorted((state_of(short_directory, "b").parent).glob("serial0.log*")))
+        answers = {Said(found[1], found[2], int(found[3], 16)) for found in re.finditer(LINE, output.decode("ascii", "replace"))}
+        assert answers == {first}
+        await b.service.kill(NAME)
 
 
 async def test_a_tpm_of_a_machine_at_rest_moves_as_a_file(short_directory: Path, machine: MachineSpec) -> None:
