@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ from tests.guests.ring import acknowledged, missing, read_ring
 from tests.guests.tpmtrace import LINE, MEASURED, WORKS, Said, said, tpms_below
 from tests.machines import spec_of
 from tests.migration.hosts import Host, Hosts
-from tests.migration.overlays import CHANGES, RING, base_made, below, content, laid_upon, qemu_io
+from tests.migration.overlays import CHANGES, LOWEST, MIDDLE, RING, below, content, laid_upon, layered, qemu_io
 from tests.migration.traveller import LOOK_S, PATIENCE_S, Broken, Traveller
 
 #: So much a guest prints before it is moved, and afterwards.
@@ -75,7 +76,7 @@ class Baggage:
 class UponBase(Baggage):
     """A disk of which only what lies above its base is sent. The guest writes numbered blocks to it, and prints each that it has flushed.
 
-    The hosts have the base under different names, so that each must name its own.
+    The base lies upon another one. The hosts have both under different names, so that each must name its own.
     """
 
     points = ("image-",)
@@ -89,7 +90,7 @@ class UponBase(Baggage):
         self._image = Path(disk.path)
         self._there = place / "there.qcow2"
         self._bases = bases
-        self._digests = tuple(_digest(base) for base in bases)
+        self._digests = _digests(bases)
         self._before = before
 
     @classmethod
@@ -118,7 +119,7 @@ class UponBase(Baggage):
             broken = await self._misplaced(disk) or await self._incomplete(Path(disk.path), machine, clean=ending.runs)
             await client.start(machine.name)
         await machine.grown(host, PRINTED)
-        found = await asyncio.to_thread(lambda: tuple(_digest(base) for base in self._bases))
+        found = await asyncio.to_thread(_digests, self._bases)
         return broken + ([] if found == self._digests else ["a base was changed"])
 
     async def _misplaced(self, disk: ImageDisk) -> list[str]:
@@ -190,16 +191,22 @@ class WithTpm(Baggage):
 
 async def _bases(world: Hosts, guest: Guest) -> tuple[BaseImage, BaseImage]:
     """The bases of the two hosts, made once."""
-    here, there = world.shared / "bases", world.shared / "bases.there"
+    here, there = (world.shared / name for name in ("bases", "bases.there"))
     for place in (here, there):
         with contextlib.suppress(FileExistsError):
             place.mkdir()
-            await base_made(place, guest)
-    return BaseImage(path=str(here / "base.raw"), format="raw"), BaseImage(path=str(there / "base.raw"), format="raw")
+            await layered(place, guest, name=LOWEST)
+            if place is there:  # of an image that was made twice no two copies are the same
+                await asyncio.to_thread(shutil.copyfile, here / MIDDLE, there / MIDDLE)
+    lowest = [BaseImage(path=str(place / LOWEST), format="raw") for place in (here, there)]
+    return (
+        BaseImage(path=str(here / MIDDLE), format="qcow2", base=lowest[0]),
+        BaseImage(path=str(there / MIDDLE), format="qcow2", base=lowest[1]),
+    )
 
 
-def _digest(base: BaseImage) -> str:
-    return hashlib.sha256(Path(base.path).read_bytes()).hexdigest()
+def _digests(bases: tuple[BaseImage, ...]) -> list[str]:
+    return [hashlib.sha256(Path(layer.path).read_bytes()).hexdigest() for base in bases for layer in base.layers()]
 
 
 async def _damage(image: Path, *, clean: bool) -> list[str]:

@@ -15,10 +15,15 @@ from tests.machines import copy_of, spec_of
 
 MIB: Final = 1024 * 1024
 BASE_MIB: Final = 24
+#: A base, and one upon it.
+LOWEST: Final = "base.raw"
+MIDDLE: Final = "middle.qcow2"
 #: Where the guest writes to.
 RING: Final = slice(RING_START * SECTOR_BYTES, (RING_START + RING_SECTORS) * SECTOR_BYTES)
 #: What was written to an image before its guest runs, zeroed and discarded: all that may shine through from a base, or must not.
 CHANGES: Final = ("write -z -u 10M 1M", "discard 12M 1M", "write -P 7 14M 64k", "write -z 15M 4k")
+#: The same in a layer below, at other places and at the same.
+CHANGES_BELOW: Final = ("write -P 5 5M 1M", "write -z -u 8M 1M", "write -P 9 14M 1M")
 
 
 async def qemu_img(*words: str) -> str:
@@ -45,9 +50,18 @@ async def base_made(directory: Path, guest: Guest, base_format: DiskFormat = "ra
     with raw.open("r+b") as file:
         file.seek(2 * MIB)
         file.write(random.Random(1).randbytes(BASE_MIB * MIB - 2 * MIB))
-    base = directory / f"base.{base_format}"
+    base = directory / (LOWEST if base_format == "raw" else "base.qcow2")
     await qemu_img("convert", "-f", "raw", "-O", base_format, str(raw), str(base))
     return BaseImage(path=str(base), format=base_format)
+
+
+async def layered(directory: Path, guest: Guest, *, name: str | None = None) -> BaseImage:
+    """A changed image upon the guest's disk, as a base; it refers to the latter by `name`, or in full."""
+    lowest = await base_made(directory, guest)
+    middle = directory / MIDDLE
+    await qemu_img("create", "-q", "-f", "qcow2", "-b", name or lowest.path, "-F", lowest.format, str(middle))
+    await qemu_io(middle, *CHANGES_BELOW)
+    return BaseImage(path=str(middle), format="qcow2", base=lowest)
 
 
 async def laid_upon(base: BaseImage, image: Path) -> ImageDisk:

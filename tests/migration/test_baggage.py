@@ -18,7 +18,7 @@ from tests.migration.baggage import Baggage, Ending, UponBase, WithTpm
 from tests.migration.crashes import removed
 from tests.migration.hosts import Hosts, hosts
 from tests.migration.network import NoNetworks
-from tests.migration.overlays import RING, base_of, qemu_io
+from tests.migration.overlays import RING, qemu_io
 from tests.migration.traveller import Traveller
 from tests.unavailable import tool, unavailable
 
@@ -86,7 +86,8 @@ async def test_a_disk_that_is_not_what_it_was_is_seen(world: Hosts, guests: dict
         await killed(world, machine)
         (disk,) = baggage.spec.disks
         assert isinstance(disk, ImageDisk)
-        await harm(Path(disk.path), base_of(baggage.spec))
+        assert disk.base is not None
+        await harm(Path(disk.path), Path([layer.path for layer in disk.base.layers()][-1]))
         found = await baggage.lost(Ending(machine=machine, host=world[0], runs=False))
         assert bool(found) is bool(words), found
         assert all(any(word in each for each in found) for word in words), found

@@ -15,7 +15,8 @@ from qmpd.spec import MAX_LAYERS, BaseImage, ImageDisk, MachineSpec
 from qmpd.views import StartRequest
 from tests.guests.build import Guest
 from tests.machines import spec_of
-from tests.migration.overlays import CHANGES, RING, base_made, below, content, laid_upon, qemu_img, qemu_io
+from tests.migration import overlays
+from tests.migration.overlays import RING, below, content, laid_upon
 from tests.migration.test_bases import check
 from tests.migration.test_copying_live import copied, in_order
 from tests.migration.test_disk_moves import moved as moved_disk
@@ -31,11 +32,7 @@ MIB = 1024 * 1024
 async def layered(directory: Path, guest: Guest, *, name: str | None = None) -> MachineSpec:
     """A machine upon an image that was changed, upon a raw one; the former refers to the latter by `name`, or in full."""
     await asyncio.to_thread(directory.mkdir, exist_ok=True)
-    lowest = await base_made(directory, guest)
-    middle = directory / "middle.qcow2"
-    await qemu_img("create", "-q", "-f", "qcow2", "-b", name or lowest.path, "-F", "raw", str(middle))
-    await qemu_io(middle, *CHANGES)
-    base = BaseImage(path=str(middle), format="qcow2", base=lowest)
+    base = await overlays.layered(directory, guest, name=name)
     return spec_of(guest, "web", disks=(await laid_upon(base, directory / "web.qcow2"),))
 
 
