@@ -75,7 +75,8 @@ _RUN: Final = {_H.RAN: _S.RUNNING, _H.HALTED: _S.PAUSED}
 _AWAITED: Final = {_H.AWAITED: _S.INCOMING}
 
 TABLE: Final[dict[State, dict[Happening, State]]] = {
-    _S.STOPPED: {_H.LAUNCH: _S.STARTING, _H.FOUND: _S.UNREACHABLE},
+    # One that had come from another host died while it was made this one's own: it turns out later that this was its guest's end.
+    _S.STOPPED: {_H.LAUNCH: _S.STARTING, _H.FOUND: _S.UNREACHABLE, _H.DIED: _S.CRASHED},
     _S.CRASHED: {_H.LAUNCH: _S.STARTING, _H.FOUND: _S.UNREACHABLE},
     _S.STARTING: {**_RUN, **_AWAITED, **_ENDINGS, **_MONITOR, _H.LAUNCH_FAILED: _S.STOPPED, _H.QUIT: _S.STOPPING},
     _S.RUNNING: {**_RUN, **_ENDINGS, **_MONITOR, _H.QUIT: _S.STOPPING},

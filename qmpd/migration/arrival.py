@@ -14,7 +14,7 @@ import msgspec
 from qmpd import power, tpm
 from qmpd.errors import Busy, Forbidden, MonitorUnavailable, NoSpace, QemuSilent, QmpdError, StaleRevision, WrongState
 from qmpd.failpoint import passing
-from qmpd.lifecycle import AT_REST, State
+from qmpd.lifecycle import AT_REST, Happening, State
 from qmpd.machine import Machine, Publish
 from qmpd.migration.admission import Admissions
 from qmpd.migration.ledger import Entry, Ledger
@@ -231,6 +231,9 @@ class Endings:
         machine, entry = arrival.machine, self._ledger.get(arrival.migration)
         if machine.awaited:  # until now its end was no failure of its guest; whoever asks for it from now on is heard
             machine.awaited = machine.asked_to_end = False
+            if not entry.at_rest and machine.state is State.STOPPED and machine.exit is not None and not machine.exit.clean:
+                machine.happen(Happening.DIED)  # between the last look at it and the commit
+                machine.on_end(machine)
         locked = ""
         while machine.state not in AT_REST:
             try:

@@ -239,6 +239,7 @@ async def _judged(sides: Sides, case: Case, baggage: Baggage) -> tuple[str, list
         if not case.harm.endswith("-qemu"):
             return end, [f"it ended, and nobody killed it: {view.exit}"]
         broken = [] if view.exit is not None else ["it ended, and nobody says how"]
+        broken += [] if view.state == "crashed" else [f"its QEMU was killed, and it is {view.state}"]
         return end, broken + await baggage.lost(Ending(machine=machine, host=host, runs=False, harm=case.harm))
     if view.state != "running":
         return end, [f"it is {view.state} ({view.status}) at {host.name}"]

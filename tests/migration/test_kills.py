@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from qmpd.errors import GivenAway, Held
-from qmpd.lifecycle import AT_REST
+from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine
+from qmpd.migration.arrival import Arrival, Endings
 from qmpd.migrationviews import Goal, MigrateRequest
 from qmpd.record import Definition
+from qmpd.spec import RestartPolicy
 from tests.guests.build import Guest
 from tests.machines import spec_of
 from tests.migration.doubtful import NAME, given
@@ -75,3 +79,33 @@ async def test_a_machine_that_is_on_its_way_is_killed_and_given_to_nobody(short_
         async with asyncio.timeout(HUNG_S):
             while known(b, "busy") is not None:
                 await asyncio.sleep(LOOK_S)
+
+
+async def test_a_machine_that_dies_while_it_is_taken_has_crashed_and_is_started_again(
+    short_directory: Path, counting: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its QEMU has answered, and the commit that makes it this host's own is next."""
+    ready_to_run, dead = Endings._ready_to_run, list[int]()
+
+    async def dies(self: Endings, arrival: Arrival) -> bool:
+        ready, machine = await ready_to_run(self, arrival), arrival.machine
+        if ready and not dead:
+            dead.append(machine.session.process.identity.pid)
+            os.kill(dead[0], signal.SIGKILL)
+            assert await machine.until(AT_REST, HUNG_S)
+            assert machine.state is State.STOPPED
+        return ready
+
+    monkeypatch.setattr(Endings, "_ready_to_run", dies)
+    async with pair(short_directory) as (a, b):
+        await a.service.create(spec_of(counting, NAME, restart=RestartPolicy(when="on-failure", backoff_s=0.1)), start=True)
+        await printed(a, NAME, 100)
+        await ended(a, await a.service.migration.migrate(NAME, MigrateRequest(peer="b")))
+        async with asyncio.timeout(HUNG_S):
+            while (view := known(b, NAME)) is None or view.state is not State.RUNNING:
+                await asyncio.sleep(LOOK_S)
+        assert known(a, NAME) is None
+        assert view.pid not in dead
+        states = [event.data["state"] for event in (await b.service.events_page(0, 1000, NAME)).events if event.kind == "machine.state"]
+        assert "crashed" in states
+        await b.service.kill(NAME)

@@ -54,8 +54,11 @@ def test_only_an_observed_end_brings_a_living_machine_to_rest(state: State, happ
 @pytest.mark.parametrize(("state", "happening"), LEGAL)
 def test_only_a_launch_or_a_find_wakes_a_machine_at_rest(state: State, happening: Happening) -> None:
     if state in AT_REST:
-        assert happening in {Happening.LAUNCH, Happening.FOUND}
-        assert after(state, happening) in ALIVE
+        assert (after(state, happening) in ALIVE) == (happening in {Happening.LAUNCH, Happening.FOUND})
+
+
+def test_that_a_machine_did_not_stop_but_die_may_turn_out_later_and_not_the_reverse() -> None:
+    assert {pair for pair in LEGAL if pair[0] in AT_REST and pair[1] in ENDINGS} == {(State.STOPPED, Happening.DIED)}
 
 
 @given(st.lists(st.sampled_from(Happening)))
