@@ -150,16 +150,8 @@ class Copies:
     def standing(self, entry: Entry) -> Standing:
         """How far this side is."""
         departure = self._under_way.get(entry.id)
-        return Standing(
-            id=entry.id,
-            machine=entry.machine,
-            role=entry.role,
-            phase=entry.phase,
-            epoch=entry.epoch,
-            reason=entry.reason,
-            problem=departure.problem if departure is not None else "",
-            handover=_handover(entry) if entry.phase is Phase.RELEASED else None,
-        )
+        handover = _handover(entry) if entry.phase is Phase.RELEASED else None
+        return entry.standing(departure.problem if departure is not None else "", handover)
 
     def under_way(self, migration: str) -> Departure | None:
         """What is under way of a copy."""

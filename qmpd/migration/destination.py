@@ -196,15 +196,7 @@ class Arrivals:
     def standing(self, entry: Entry) -> Standing:
         """How far this side is."""
         arrival = self._arrivals.get(entry.id)
-        return Standing(
-            id=entry.id,
-            machine=entry.machine,
-            role=entry.role,
-            phase=entry.phase,
-            epoch=entry.epoch,
-            reason=entry.reason,
-            problem=arrival.problem if arrival is not None else "",
-        )
+        return entry.standing(arrival.problem if arrival is not None else "")
 
     # After a restart of the daemon.
 

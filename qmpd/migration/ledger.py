@@ -21,7 +21,7 @@ from qmpd.failpoint import passing
 from qmpd.journal import timestamp, utc_now
 from qmpd.migration.outgoing import Before
 from qmpd.migration.phases import FIRST, Phase, Role, Step, after
-from qmpd.migration.protocol import Offer
+from qmpd.migration.protocol import Handover, Offer, Standing
 from qmpd.tasks import undivided
 
 #: Settled migrations that are kept, so that a peer that asks late gets its answer.
@@ -67,6 +67,19 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     def is_copy(self) -> bool:
         """Whether the machine stays where it is, and another one is made of it: of that is the offer, and the UUID."""
         return self.offer.copy_of is not None
+
+    def standing(self, problem: str = "", handover: Handover | None = None) -> Standing:
+        """What the peer is told of it: how far this side is, what keeps it from going on, and what goes with a machine that is given."""
+        return Standing(
+            id=self.id,
+            machine=self.machine,
+            role=self.role,
+            phase=self.phase,
+            epoch=self.epoch,
+            reason=self.reason,
+            problem=problem,
+            handover=handover,
+        )
 
 
 def first_entry(offer: Offer, machine: str, peer: str, before: Before | None = None) -> Entry:

@@ -13,6 +13,8 @@ import secrets
 from contextlib import AsyncExitStack, suppress
 from typing import Final
 
+import msgspec
+
 from qmpd.errors import Held, HostError, MigrationFailed, NotFound, PeerError, QmpdError, WrongState
 from qmpd.jobs import Report
 from qmpd.journal import Journal
@@ -156,21 +158,13 @@ class Departures:
     def standing(self, entry: Entry) -> Standing:
         """How far this side is."""
         departure = self._departures.get(entry.id)
-        handover, phase = None, entry.phase
-        if phase is Phase.GIVEN and departure is not None and departure.machine.definition.given is None:
-            phase = Phase.KEPT  # it was taken back, and the note of it is not written yet
-        if departure is not None and phase is Phase.GIVEN:
-            handover = self._deliveries.handover(departure)
-        return Standing(
-            id=entry.id,
-            machine=entry.machine,
-            role=entry.role,
-            phase=phase,
-            epoch=entry.epoch,
-            reason=entry.reason,
-            problem=departure.problem if departure is not None else "",
-            handover=handover,
-        )
+        if departure is None:
+            return entry.standing()
+        if entry.phase is not Phase.GIVEN:
+            return entry.standing(departure.problem)
+        if departure.machine.definition.given is None:  # it was taken back, and the note of it is not written yet
+            return msgspec.structs.replace(entry.standing(departure.problem), phase=Phase.KEPT)
+        return entry.standing(departure.problem, self._deliveries.handover(departure))
 
     # After a restart of the daemon.
 
