@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterator
 from typing import Final, TypeAlias
 
 import msgspec
@@ -38,14 +37,6 @@ class TcpRange(msgspec.Struct, frozen=True, kw_only=True, tag="tcp-range", forbi
 
 Address: TypeAlias = TcpAddress | UnixAddress
 Listening: TypeAlias = TcpRange | UnixAddress
-
-
-def candidates(listening: Listening) -> Iterator[Address]:
-    """The addresses to try, one after the other."""
-    if isinstance(listening, UnixAddress):
-        yield listening
-    else:
-        yield from (TcpAddress(host=listening.host, port=port) for port in range(listening.first, listening.last + 1))
 
 
 def uri(address: Address | Listening) -> str:

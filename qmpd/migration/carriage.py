@@ -141,7 +141,7 @@ class _Guest:
             transferred_bytes=figures.transferred_bytes,
             passes=figures.passes,
             postcopy=shipment.postcopy,
-            tunnelled=shipment.meter is not None,
+            tunnelled=entry.offer.tunnel,
             tunnelled_bytes=0 if shipment.meter is None else shipment.meter.sent + shipment.meter.received,
             tuned=tuple(shipment.tuner.tuned),
             findings=departure.findings,

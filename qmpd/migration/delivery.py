@@ -16,7 +16,7 @@ from qmpd.errors import CannotMove, MigrationFailed, NotYet, PeerError, PeerRefu
 from qmpd.failpoint import passing
 from qmpd.journal import Journal
 from qmpd.machine import Machine, Publish
-from qmpd.migration.addresses import Address, TcpAddress
+from qmpd.migration.addresses import TcpAddress
 from qmpd.migration.belongings import REST_LIMIT_S, Belongings, bare_ends
 from qmpd.migration.discrepancy import found
 from qmpd.migration.fileitems import DIGEST_LIMIT_S
@@ -120,14 +120,14 @@ class Deliveries:
         """In postcopy: stays until the guest has all of its memory at the destination."""
         entry = self._ledger.get(departure.migration)
 
-        async def rejoin() -> Address | None:
+        async def rejoin() -> tuple[TcpAddress, str] | None:
             try:
                 endpoint = await asked(lambda: link.recover(entry.id))
             except PeerRefused as error:
                 if code_of(error) in _NOBODY:
                     return None
                 raise
-            return TcpAddress(host=peer.migration_address or peer.host, port=endpoint.port)
+            return TcpAddress(host=peer.migration_address or peer.host, port=endpoint.port), endpoint.secret
 
         await follow(departure.machine, rejoin)
 

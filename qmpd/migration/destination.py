@@ -30,7 +30,7 @@ from qmpd.migration.preparation import Preparation, definition_of
 from qmpd.migration.protocol import VERSION, Acceptance, Channel, Endpoint, Handover, Offer, Standing
 from qmpd.migration.reception import Reception
 from qmpd.migration.resolution import DestinationResolutions
-from qmpd.migration.shipping import NO_POSTCOPY
+from qmpd.migration.shipping import no_postcopy
 from qmpd.migration.tunnel import Meter, Near, reached
 from qmpd.migration.wondering import ASK_S, Wondering
 from qmpd.peering import Peering
@@ -274,8 +274,8 @@ class Arrivals:
     def _check(self, offer: Offer) -> None:
         if offer.protocol != VERSION:
             raise CannotMove(f"the source speaks version {offer.protocol} of the migration protocol, this host version {VERSION}")
-        if offer.tunnel and offer.postcopy:
-            raise CannotMove(NO_POSTCOPY)
+        if offer.postcopy and (obstacle := no_postcopy(tunnel=offer.tunnel, channels=offer.channels)) is not None:
+            raise CannotMove(obstacle)
         try:
             entry = self._ledger.get(offer.id)
         except NotFound:

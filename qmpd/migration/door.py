@@ -5,8 +5,8 @@ connects and says nothing holds up a destination, and a source whose handshake n
 daemons make the connection and hand it to their QEMUs (`getfd`), in a mode in which neither waits; TLS is spoken between the QEMUs, over
 that same connection, as ever.
 
-What is said before: the caller sends the secret it was told over the API, and hears the number of a port in two bytes. Zero: this
-connection is QEMU's now. Any other: QEMU listens there itself, from this moment on (several connections cannot be handed over).
+What is said before: the caller sends the secret it was told over the API, and hears one byte when QEMU has the connection. All that
+follows is between the QEMUs. Where a connection cannot be handed over, the daemons pass on what they say (`qmpd.migration.relays`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import os
 import secrets
 import socket
 from collections import deque
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Final
 
 from qmpd.errors import MigrationFailed
 from qmpd.migration.addresses import TcpAddress, TcpRange
 from qmpd.migration.ports import Bind, bound, port_of
+from qmpd.tasks import Tasks, background
 
 #: Bytes of a secret.
 SECRET_BYTES: Final = 32
@@ -38,15 +39,16 @@ ANSWER_S: Final = 15.0
 #: A line that takes nothing for so long is broken (tcp(7): in milliseconds), and one on which nothing was heard after such probes.
 SILENT_MS: Final = 60_000
 _KEEPALIVE: Final = {socket.TCP_KEEPIDLE: 20, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 4}
-_PORT_BYTES: Final = 2
+#: What the peer hears.
+_LET_IN: Final = b"\x01"
 
 _log = logging.getLogger(__name__)
-#: Makes QEMU take a connection, and returns the port at which it listens in place of that, or 0.
-Take = Callable[[socket.socket], Awaitable[int]]
+#: Makes QEMU take a connection: in the block it has that, and what is said on it after the block is for QEMU.
+Take = Callable[[socket.socket], AbstractAsyncContextManager[None]]
 
 
 class Door:
-    """A port at which one peer is awaited, once. `secret` is what it must say; whoever else comes hears nothing, and harms nothing."""
+    """A port at which one peer is awaited. `secret` is what it must say; whoever else comes hears nothing, and harms nothing."""
 
     def __init__(self, listener: socket.socket) -> None:
         self.secret = secrets.token_hex(SECRET_BYTES)
@@ -61,48 +63,45 @@ class Door:
         else:
             self._attending.cancel()
 
-    async def attend(self, take: Take) -> None:
-        """Stays until the peer has come and was led on, or somebody cancels it; closed then.
+    async def attend(self, take: Take, connections: int = 1) -> None:
+        """Stays until the peer has come as often as it has connections, and each was led on, in the order in which they came; or until
+        somebody cancels it. Closed then.
 
         Raises:
-            QmpdError: QEMU did not take it.
+            QmpdError: QEMU did not take one.
             OSError: the peer was gone again, or the host is out of something.
         """
         self._attending = asyncio.current_task()
         try:
             with self._listener:
-                line = await self._peer()
-            with line:
-                _watched(line)
-                port = await take(line)
-                await asyncio.get_running_loop().sock_sendall(line, port.to_bytes(_PORT_BYTES, "big"))
+                async with self._heard() as came:
+                    for _ in range(connections):
+                        with await _next(came) as line:
+                            _watched(line)
+                            async with take(line):
+                                await asyncio.get_running_loop().sock_sendall(line, _LET_IN)
         finally:
             self._attending = None
 
-    async def _peer(self) -> socket.socket:
-        """The first who says the secret."""
+    @asynccontextmanager
+    async def _heard(self) -> AsyncIterator[asyncio.Queue[socket.socket | OSError]]:
+        """All who say the secret while the block lasts."""
         loop = asyncio.get_running_loop()
         came: asyncio.Queue[socket.socket | OSError] = asyncio.Queue()
-        callers: deque[asyncio.Task[None]] = deque()
         try:
-            async with asyncio.TaskGroup() as group:
+            async with background() as tasks:
                 # Not `sock_accept`, which loses whom it has accepted when it is cancelled in that moment.
-                loop.add_reader(self._listener, self._accept, group, callers, came)
+                loop.add_reader(self._listener, self._accept, tasks, deque[asyncio.Task[None]](), came)
                 try:
-                    first = await came.get()
+                    yield came
                 finally:
                     loop.remove_reader(self._listener)
-                    for task in callers:
-                        task.cancel()
         finally:
             while not came.empty():
                 if isinstance(late := came.get_nowait(), socket.socket):
                     late.close()
-        if isinstance(first, OSError):
-            raise first
-        return first
 
-    def _accept(self, group: asyncio.TaskGroup, callers: deque[asyncio.Task[None]], came: asyncio.Queue[socket.socket | OSError]) -> None:
+    def _accept(self, tasks: Tasks, callers: deque[asyncio.Task[None]], came: asyncio.Queue[socket.socket | OSError]) -> None:
         try:
             caller, _ = self._listener.accept()
         except BlockingIOError:
@@ -115,7 +114,7 @@ class Door:
             callers.popleft()
         if len(callers) >= CALLERS:
             callers.popleft().cancel()
-        task = group.create_task(self._listen_to(caller, came), name=f"door:{self.port}:caller")
+        task = tasks.start(self._listen_to(caller, came), f"door:{self.port}:caller")
         task.add_done_callback(partial(_closed, caller))  # also one that was turned away before it began
         callers.append(task)
 
@@ -130,6 +129,13 @@ class Door:
             _log.warning("a stranger at a migration port was turned away", extra={"port": self.port})
 
 
+async def _next(came: asyncio.Queue[socket.socket | OSError]) -> socket.socket:
+    first = await came.get()
+    if isinstance(first, OSError):
+        raise first
+    return first
+
+
 def _closed(caller: socket.socket, _done: asyncio.Task[None]) -> None:
     caller.close()
 
@@ -139,8 +145,8 @@ async def opened(where: TcpRange, bind: Bind = bound) -> Door:
     return Door(await bind(where))
 
 
-async def knock(at: TcpAddress, secret: str) -> tuple[socket.socket, int]:
-    """A connection to where the peer awaits this host, and the port to go to instead, or 0.
+async def knock(at: TcpAddress, secret: str) -> socket.socket:
+    """A connection to a QEMU, where the peer awaits this host.
 
     Raises:
         MigrationFailed: nobody answers there, or not to this secret.
@@ -150,14 +156,14 @@ async def knock(at: TcpAddress, secret: str) -> tuple[socket.socket, int]:
             async with asyncio.timeout(ANSWER_S):
                 line = undo.enter_context(await _connected(at))
                 await asyncio.get_running_loop().sock_sendall(line, bytes.fromhex(secret))
-                port = int.from_bytes(await _exactly(line, _PORT_BYTES), "big")
+                await _exactly(line, len(_LET_IN))
         except OSError as error:  # TimeoutError is one
             number = error.errno or 0  # below 0: one of getaddrinfo(3)
             reason = (os.strerror(number) if number > 0 else error.strerror) or "it was not answered"
             raise MigrationFailed(f"the destination's port {at.port} at {at.host} could not be reached: {reason}") from error
         _watched(line)
         undo.pop_all()
-        return line, port
+        return line
 
 
 async def _connected(at: TcpAddress) -> socket.socket:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Final
 
 import msgspec
 
 from qmpd.errors import MigrationFailed, QemuRefused
 from qmpd.migration import capabilities, tls
-from qmpd.migration.addresses import Address, Listening, TcpAddress, UnixAddress, candidates, legacy_address, uri
+from qmpd.migration.addresses import Address, Listening, TcpAddress, UnixAddress, legacy_address, uri
 from qmpd.migration.capabilities import Agreed
 from qmpd.migration.ports import Bind, bound, port_of
 from qmpd.migration.progress import Progress
@@ -26,8 +27,6 @@ from qmpd.migration.watch import Watch, watching
 
 #: A feature mark (`qmpd.schema`): a QEMU that can say why it failed, in place of exiting.
 STAYS: Final = "migrate-incoming.exit-on-error"
-#: What QEMU says of an address that somebody else listens at.
-_TAKEN: Final = "in use"
 #: What it says of an export that has a client.
 _IN_USE: Final = "still in use"
 #: The source has let go of its copies before its guest is here; what is on its way still takes a moment, through a tunnel longer.
@@ -89,18 +88,14 @@ async def receive_memory(qemu: Qemu, wanted: Listen) -> Address:
     return await _found(qemu, wanted.memory)
 
 
-async def receive_from(qemu: Qemu, wanted: Listen, line: socket.socket) -> int:
-    """Has the destination take memory and devices from a connection. Where several were agreed, which cannot be handed to it, it listens
-    itself, at the port that is returned, in place of 0. `receive_disks` comes first. Raises as `listen`.
+@asynccontextmanager
+async def receive_from(qemu: Qemu, wanted: Listen, line: socket.socket) -> AsyncIterator[None]:
+    """Has the destination take memory and devices from the one connection over which they come: in the block it has that.
+    `receive_disks` comes first. Raises as `listen`.
     """
-    if wanted.agreed.channels:
-        found = await receive_memory(qemu, wanted)
-        if not isinstance(found, TcpAddress):
-            raise MigrationFailed("several connections that come over a network need a port to come to")
-        return found.port
     await qemu.hand(PREFIX, line)
     await qemu.execute("migrate-incoming", {"uri": HANDED, **_manners(wanted)})
-    return 0
+    yield
 
 
 def _manners(wanted: Listen) -> dict[str, object]:
@@ -144,22 +139,14 @@ async def wait_postcopy(qemu: Qemu) -> None:
     await end_exports(qemu)
 
 
-async def recover(qemu: Qemu, listening: Listening) -> Address:
+async def recover(qemu: Qemu, at: UnixAddress) -> None:
     """Has a destination whose memory stopped coming (`postcopy-paused`) listen again. Its guest may wait for that with all of QEMU.
+    May be repeated, as long as nobody came.
 
     Raises:
-        QemuRefused: it does not wait for that, or the address is taken.
-        MigrationFailed: no port of the range is free.
+        QemuRefused: it does not wait for that.
     """
-    for address in candidates(listening):
-        try:
-            await qemu.execute_oob("migrate-recover", {"uri": uri(address)})
-        except QemuRefused as error:
-            if _TAKEN not in error.message:
-                raise
-        else:
-            return address
-    raise MigrationFailed(f"there is no free port to listen at: {listening}")
+    await qemu.execute_oob("migrate-recover", {"uri": uri(at)})
 
 
 async def _until(watch: Watch, wanted: frozenset[str], report: Callable[[Progress], None]) -> None:

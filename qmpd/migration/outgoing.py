@@ -32,8 +32,6 @@ from qmpd.migration.watch import Watch, watching
 CANCEL_PATIENCE_S: Final = 5.0
 #: A connection that is being made cannot be broken; the kernel gives up after two minutes (tcp_syn_retries).
 CANCEL_LIMIT_S: Final = 150.0
-#: Postcopy goes on as soon as the ends are connected, and QEMU does not say when they cannot be.
-RESUME_LIMIT_S: Final = 15.0
 #: QEMU fills in the figures of a migration a moment after it says that it is completed.
 FIGURES_LIMIT_S: Final = 1.0
 #: A migration that was cancelled and has not ended.
@@ -144,12 +142,8 @@ class Outgoing:
         """What QEMU is told to send to: the connection that was made for it, or an address."""
         if self._sending.secret is None or not isinstance(memory, TcpAddress):
             return uri(memory)
-        line, port = await knock(memory, self._sending.secret)
-        if port:
-            line.close()
-            return uri(msgspec.structs.replace(memory, port=port))
-        self._line = line
-        await self._qemu.hand(PREFIX, line)
+        self._line = await knock(memory, self._sending.secret)
+        await self._qemu.hand(PREFIX, self._line)
         return HANDED
 
     async def start_postcopy(self) -> None:
@@ -163,7 +157,7 @@ class Outgoing:
         await self._qemu.execute("migrate-start-postcopy")
 
     async def follow(self, report: Report) -> bool:
-        """In postcopy: waits until all memory has followed (True), or its connection is lost (False): then `resume`.
+        """In postcopy: waits until all memory has followed (True), or its connection is lost (False): then `following.resume`.
 
         Raises:
             MigrationFailed: QEMU ended.
@@ -177,21 +171,6 @@ class Outgoing:
     async def interrupt(self) -> None:
         """In postcopy: gives up the connection, which may be dead, so that both ends can be joined anew."""
         await self._qemu.execute_oob("migrate-pause")
-
-    async def resume(self, memory: Address) -> None:
-        """After `follow` said that the connection is lost: goes on at a destination that listens again (`incoming.recover`).
-
-        Raises:
-            MigrationFailed: the destination could not be reached; both ends wait on.
-        """
-        with watching(self._qemu) as watch:
-            await self._qemu.execute("migrate", {"uri": uri(memory), "resume": True})
-            try:
-                async with asyncio.timeout(RESUME_LIMIT_S):
-                    while await watch.next() in {None, "postcopy-paused"}:
-                        pass
-            except TimeoutError as error:
-                raise MigrationFailed(f"the destination could not be reached within {RESUME_LIMIT_S:g} s") from error
 
     async def switch_over(self) -> None:
         """Completes the disks and lets the guest go; it has arrived, or can be set going there (`postcopy`), when this returns.

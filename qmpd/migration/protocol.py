@@ -123,14 +123,14 @@ class Offer(Request, frozen=True, kw_only=True):
 class Endpoint(View, frozen=True, kw_only=True):
     """Where the destination awaits the machine. `host` is what the source connects to, `tls_name` what its certificate must say.
 
-    `secret` is what the source's daemon says there first, in hexadecimal digits (`qmpd.migration.door`); at a port without one QEMU itself
-    listens. `nbd_port` is there if disks are copied.
+    `secret` is what the source's daemon says there first, in hexadecimal digits, on each connection (`qmpd.migration.door`). `nbd_port` is
+    there if disks are copied.
     """
 
     host: str
     port: int
     tls_name: str
-    secret: str | None = None
+    secret: str
     nbd_port: int | None = None
 
 

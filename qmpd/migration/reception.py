@@ -20,7 +20,7 @@ from qmpd.launching import Launch
 from qmpd.lifecycle import AT_REST, State
 from qmpd.machine import Machine, Publish
 from qmpd.migration import capabilities, incoming
-from qmpd.migration.addresses import Listening, TcpAddress, TcpRange, UnixAddress
+from qmpd.migration.addresses import TcpAddress, TcpRange, UnixAddress
 from qmpd.migration.arrangement import Arranged, arranged
 from qmpd.migration.capabilities import Agreed, Dials
 from qmpd.migration.door import Door, opened
@@ -33,6 +33,7 @@ from qmpd.migration.ports import Ports
 from qmpd.migration.progress import NONE
 from qmpd.migration.protocol import Acceptance, Channel, ConsoleEnd, Endpoint, LogReceived, Offer
 from qmpd.migration.qemu import ask_map, run_state
+from qmpd.migration.relays import Relays
 from qmpd.migration.tls import ServerTls
 from qmpd.plan import SerialPipe, without_forwards
 from qmpd.planning import Planning
@@ -53,7 +54,7 @@ _LOCKED: Final = "lock"
 NUMBERING_ATTEMPTS: Final = 3
 NUMBERING_AGAIN_S: Final = 0.2
 
-#: The sockets at which QEMU waits for what comes through a tunnel; no longer than the monitor's, whose length was checked.
+#: The sockets at which QEMU waits for what is led on to it; no longer than the monitor's, whose length was checked.
 _PLACES: Final[dict[Channel, str]] = {"memory": "in-mem", "disks": "in-nbd"}
 
 #: Why a guest halts that nobody halted (`RunState`).
@@ -63,7 +64,8 @@ _log = logging.getLogger(__name__)
 
 
 class Awaited:
-    """What QEMU is to take in, and the door at which the peer comes, or None where it comes through a tunnel."""
+    """What QEMU is to take in, and the door at which the peer comes, or None where it comes through a tunnel. Several connections are led
+    on to where QEMU listens; one is handed to it."""
 
     def __init__(self, door: Door | None, wanted: Listen) -> None:
         self.door = door
@@ -78,11 +80,14 @@ class Awaited:
 class Reception:
     """Receives machines on one host."""
 
-    def __init__(self, settings: Settings, paths: Callable[[str], MachinePaths], desk: ItemDesk, ports: Ports, publish: Publish) -> None:
+    def __init__(
+        self, settings: Settings, paths: Callable[[str], MachinePaths], desk: ItemDesk, ports: Ports, relays: Relays, publish: Publish
+    ) -> None:
         self._settings = settings
         self._paths = paths
         self._desk = desk
         self._ports = ports
+        self._relays = relays
         self._publish = publish
 
     async def arranged(self, offer: Offer, spec: MachineSpec, facts: DestinationFacts) -> Arranged:
@@ -116,12 +121,11 @@ class Reception:
             MigrationFailed: no port is free, or this QEMU lacks something.
             HostError: the certificates are missing.
         """
-        where = self._where(machine, offer)
         copied = tuple(disk.export for disk in arranged.disks if disk.export is not None)
         async with self._tls(machine, offer, launch, peer) as tls:
             wanted = Listen(
-                memory=where["memory"],
-                disks_at=where["disks"] if copied else None,
+                memory=self._place(machine, "memory") if offer.tunnel or offer.channels else self._range,
+                disks_at=(self._place(machine, "disks") if offer.tunnel else self._range) if copied else None,
                 disks=copied,
                 tls=tls,
                 agreed=Agreed(channels=offer.channels, postcopy=offer.postcopy, bitmaps=offer.bitmaps),
@@ -129,12 +133,12 @@ class Reception:
             )
             disks_at = await incoming.receive_disks(machine.session, wanted, self._ports.bound)
         door = endpoint = None
-        if isinstance(wanted.memory, TcpRange):
-            door = await opened(wanted.memory, self._ports.bound)
-            nbd = disks_at.port if isinstance(disks_at, TcpAddress) else None
-            endpoint = Endpoint(host=wanted.memory.host, port=door.port, tls_name=peer.owner, secret=door.secret, nbd_port=nbd)
-        else:  # what comes through the tunnel is led on to QEMU here
+        if isinstance(wanted.memory, UnixAddress):  # what comes is led on to QEMU here
             await incoming.receive_memory(machine.session, wanted)
+        if not offer.tunnel:
+            door = await opened(self._range, self._ports.bound)
+            nbd = disks_at.port if isinstance(disks_at, TcpAddress) else None
+            endpoint = self._endpoint(door, peer, nbd)
         acceptance = Acceptance(
             id=offer.id,
             endpoint=endpoint,
@@ -146,12 +150,17 @@ class Reception:
         )
         return acceptance, Awaited(door, wanted)
 
-    def _where(self, machine: Machine, offer: Offer) -> dict[Channel, Listening]:
-        if offer.tunnel:
-            return {channel: UnixAddress(path=self.place(machine, channel)) for channel in _PLACES}
+    @property
+    def _range(self) -> TcpRange:
         ports = self._settings.migration_port_range
-        where = TcpRange(host=self._settings.migration_host, first=ports.start, last=ports.stop - 1)
-        return dict.fromkeys(_PLACES, where)
+        return TcpRange(host=self._settings.migration_host, first=ports.start, last=ports.stop - 1)
+
+    def _endpoint(self, door: Door, peer: Peer, nbd_port: int | None = None) -> Endpoint:
+        host = self._settings.migration_host
+        return Endpoint(host=host, port=door.port, tls_name=peer.owner, secret=door.secret, nbd_port=nbd_port)
+
+    def _place(self, machine: Machine, channel: Channel) -> UnixAddress:
+        return UnixAddress(path=self.place(machine, channel))
 
     @asynccontextmanager
     async def _tls(self, machine: Machine, offer: Offer, launch: Launch, peer: Peer) -> AsyncIterator[ServerTls | None]:
@@ -163,15 +172,18 @@ class Reception:
             yield ServerTls(directory=found, admits=distinguished_name(peer))
 
     def place(self, machine: Machine, channel: Channel) -> str:
-        """The Unix socket at which QEMU waits for what comes through a tunnel: in a directory that is this user's alone."""
+        """The Unix socket at which QEMU waits for what is led on to it: in a directory that is this user's alone."""
         return self._paths(machine.name).socket(_PLACES[channel])
 
     async def admit(self, machine: Machine, awaited: Awaited | None) -> None:
         """Leads the peer to QEMU when it comes to the door, if there is one."""
         if awaited is None or awaited.door is None:
             return
+        wanted = awaited.wanted
+        handing = partial(incoming.receive_from, machine.session, wanted)
+        take = self._relays.to(wanted.memory.path, machine.name) if isinstance(wanted.memory, UnixAddress) else handing
         try:
-            await awaited.door.attend(partial(incoming.receive_from, machine.session, awaited.wanted))
+            await awaited.door.attend(take, 1 + wanted.agreed.channels)
         except (QmpdError, OSError) as error:  # the source notices, and gives up
             _log.warning("the peer was not led to QEMU", extra={"machine": machine.name, "error": str(error)})
 
@@ -185,17 +197,17 @@ class Reception:
         await (incoming.wait_postcopy if postcopy else incoming.wait_loaded)(machine.session)
 
     async def recover(self, machine: Machine, peer: Peer) -> Endpoint:
-        """Has a QEMU whose memory stopped to come listen again.
+        """Awaits the peer again, for a QEMU whose memory stopped to come. May be repeated.
 
         Raises:
             QemuRefused: it does not wait for any.
+            MigrationFailed: no port is free.
         """
-        ports = self._settings.migration_port_range
-        where = TcpRange(host=self._settings.migration_host, first=ports.start, last=ports.stop - 1)
-        found = await incoming.recover(machine.session, where)
-        if not isinstance(found, TcpAddress):
-            raise CannotMove("QEMU does not listen at a port")
-        return Endpoint(host=found.host, port=found.port, tls_name=peer.owner)
+        place = self._place(machine, "memory")
+        await incoming.recover(machine.session, place)
+        door = await opened(self._range, self._ports.bound)
+        self._relays.await_again(machine.name, door, place.path)
+        return self._endpoint(door, peer)
 
     async def is_whole(self, delivery: Delivery) -> bool:
         """Whether all files of a machine at rest are here."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from functools import partial
 from typing import Final
 
@@ -35,8 +35,9 @@ from qmpd.migration.mirror import DiskCopy
 from qmpd.migration.outgoing import Before, Outgoing, recall
 from qmpd.migration.progress import Progress as Figures
 from qmpd.migration.protocol import VERSION, Acceptance, Channel, DiskOffer, Offer
+from qmpd.migration.relays import Relays
 from qmpd.migration.tls import ClientTls
-from qmpd.migration.tunnel import Meter, entrances, explained
+from qmpd.migration.tunnel import Meter, entrances, explained, tunnelling
 from qmpd.migrationviews import Goal, MigrateRequest, MigrationProgress, MovedDisk
 from qmpd.peers import PeerDaemon
 from qmpd.settings import Peer
@@ -55,10 +56,14 @@ _POSTCOPY: Final = "postcopy-ram"
 #: QEMU's run states on the way out, which say nothing of what the guest did before.
 _LEAVING: Final = frozenset({"finish-migrate", "postmigrate"})
 
-#: The sockets at which QEMU reaches the tunnel; no longer than the monitor's, whose length was checked.
+#: The sockets at which QEMU reaches what leads to the other host; no longer than the monitor's, whose length was checked.
 _ENTRANCES: Final[dict[Channel, str]] = {"memory": "to-mem", "disks": "to-nbd"}
-NO_POSTCOPY: Final = (
+_NO_POSTCOPY: Final = (
     "memory that follows a guest which runs already cannot come through a tunnel: the guest would be lost with the daemon's connection"
+)
+#: Measured: QEMU 7.2 takes both capabilities, and ends halfway with a failed assertion; 10.0 refuses them; 11 can do it.
+_ONE_LINE: Final = (
+    "memory that follows a guest which runs already comes over one connection: with several (`channels`) QEMU 7.2 ends halfway"
 )
 
 _log = logging.getLogger(__name__)
@@ -162,23 +167,24 @@ def progress_of(migration: MigrationProgress) -> Progress:
 
 
 class _Way(msgspec.Struct, frozen=True, kw_only=True):
-    """Where QEMU sends to, and what is counted on the way through a tunnel."""
+    """Where QEMU sends to, and what leads on from there, if that is not the other host yet: `meter` counts on the way."""
 
     memory: Address
     disks_at: Address | None
     secret: str | None = None
     tls: ClientTls | None = None
     meter: Meter | None = None
-    entrances: dict[Channel, str] = {}
+    lead: AbstractAsyncContextManager[None] = nullcontext()
 
 
 class Shipping:
     """Makes offers of machines, and sends their QEMUs' state."""
 
-    def __init__(self, pki_dir: str, paths: Callable[[str], MachinePaths], bases: Bases) -> None:
+    def __init__(self, pki_dir: str, paths: Callable[[str], MachinePaths], bases: Bases, relays: Relays) -> None:
         self._pki_dir = pki_dir
         self._paths = paths
         self._bases = bases
+        self._relays = relays
 
     async def offer(self, machine: Machine, request: MigrateRequest, migration: str) -> tuple[Offer, Before | None]:
         """What the peer is told of a machine, and how its QEMU is before anything is changed in it.
@@ -255,7 +261,7 @@ class Shipping:
         begun = opening(goal, abilities)
         copied = [disk for disk in accepted.disks if disk.how == "copy" and disk.export is not None]
         inserted = await media(machine.session)
-        way = await self._way(machine, entry, accepted, peer)
+        way = await self._way(machine, entry, accepted, peer, link)
         wanted = outgoing.Sending(
             memory=way.memory,
             secret=way.secret,
@@ -275,27 +281,37 @@ class Shipping:
             parameters=dict(begun.parameters),
             bytes_per_s=None if goal.bandwidth_mib_s is None else goal.bandwidth_mib_s * MIB,
         )
-        async with Outgoing(machine.session, wanted, entry.before) as out, AsyncExitStack() as tunnel:
-            # Inside: a QEMU is not called back while it still speaks into a tunnel that may be full (see `Mirrors`).
-            if way.meter is not None:
-                lead = partial(link.tunnel, entry.id)
-                await tunnel.enter_async_context(entrances(way.entrances, machine.session.process.identity.pid, lead, way.meter))
+        # The lead inside: a QEMU is not called back while it still speaks into a tunnel that may be full (see `Mirrors`).
+        async with Outgoing(machine.session, wanted, entry.before) as out, way.lead:
             yield Shipment(machine, out, report, Tuner(goal, abilities), way.meter)
 
-    async def _way(self, machine: Machine, entry: Entry, accepted: Acceptance, peer: Peer) -> _Way:
+    async def _way(self, machine: Machine, entry: Entry, accepted: Acceptance, peer: Peer, link: PeerDaemon) -> _Way:
         """How the data goes: over TLS of QEMU's own, or through the API."""
         endpoint = accepted.endpoint
+        paths = {channel: self._paths(machine.name).socket(name) for channel, name in _ENTRANCES.items()}
+        pid = machine.session.process.identity.pid
         if not entry.offer.tunnel and endpoint is not None:
             host = peer.migration_address or peer.host
-            return _Way(
-                memory=TcpAddress(host=host, port=endpoint.port),
+            memory = TcpAddress(host=host, port=endpoint.port)
+            way = _Way(
+                memory=memory,
                 secret=endpoint.secret,
                 disks_at=None if endpoint.nbd_port is None else TcpAddress(host=host, port=endpoint.nbd_port),
                 tls=ClientTls(directory=await asyncio.to_thread(directory, self._pki_dir), hostname=peer.owner),
             )
+            if not accepted.channels:
+                return way
+            meter = Meter("one of its connections")
+            lead = self._relays.entrance(paths["memory"], pid, memory, endpoint.secret, meter)
+            return msgspec.structs.replace(way, memory=UnixAddress(path=paths["memory"]), secret=None, meter=meter, lead=lead)
         if entry.offer.tunnel and endpoint is None:
-            paths = {channel: self._paths(machine.name).socket(name) for channel, name in _ENTRANCES.items()}
-            return _Way(memory=UnixAddress(path=paths["memory"]), disks_at=UnixAddress(path=paths["disks"]), meter=Meter(), entrances=paths)
+            meter = Meter()
+            return _Way(
+                memory=UnixAddress(path=paths["memory"]),
+                disks_at=UnixAddress(path=paths["disks"]),
+                meter=meter,
+                lead=entrances(paths, pid, tunnelling(partial(link.tunnel, entry.id), meter), meter),
+            )
         raise CannotMove("the peer named no port to send to" if endpoint is None else "the peer does not take it through a tunnel")
 
     async def recall(self, machine: Machine, entry: Entry, *, lost: bool = False) -> None:
@@ -313,6 +329,11 @@ class Shipping:
             # The other half went with the destination's QEMU, and this one is of no use.
             _log.error("guest was lost between two hosts", extra={"machine": machine.name})
             await power.kill(machine)
+
+
+def no_postcopy(*, tunnel: bool, channels: int) -> str | None:
+    """Why memory cannot follow a guest on this way; None if it can."""
+    return _NO_POSTCOPY if tunnel else _ONE_LINE if channels else None
 
 
 def check_answered(offer: Offer, accepted: Acceptance) -> None:

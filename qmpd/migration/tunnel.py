@@ -17,7 +17,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -40,15 +40,35 @@ _LOOK_S: Final = 0.05
 _log = logging.getLogger(__name__)
 Near: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 #: Opens a stream to the other host for a connection of QEMU's to this channel. Raises PeerError.
-Lead: TypeAlias = Callable[[Channel], AbstractAsyncContextManager[Stream]]
+Dial: TypeAlias = Callable[[Channel], AbstractAsyncContextManager[Stream]]
+#: Passes on what goes over a connection of QEMU's.
+Carry: TypeAlias = Callable[[socket.socket], Awaitable[object]]
+#: Opens the way to the other host for a connection of QEMU's to this channel. Raises QmpdError.
+Lead: TypeAlias = Callable[[Channel], AbstractAsyncContextManager[Carry]]
 
 
 class Meter:
-    """What went through the tunnel of one migration: bytes in each direction, connections, and what was wrong last."""
+    """What went through `way` in one migration: bytes in each direction, connections, and what was wrong last."""
 
-    def __init__(self) -> None:
+    def __init__(self, way: str = "the tunnel") -> None:
+        self.way = way
         self.sent = self.received = self.connections = 0
         self.problem = ""
+
+
+def tunnelling(dial: Dial, meter: Meter) -> Lead:
+    """Leads connections through a tunnel."""
+
+    @asynccontextmanager
+    async def lead(channel: Channel) -> AsyncIterator[Carry]:
+        async with dial(channel) as stream:
+
+            async def through(connection: socket.socket) -> bool:
+                return await carry(await asyncio.open_unix_connection(sock=connection, limit=_AHEAD_BYTES), stream, meter)
+
+            yield through
+
+    return lead
 
 
 async def carry(near: Near, stream: Stream, meter: Meter) -> bool:
@@ -91,7 +111,18 @@ async def reached(path: str) -> AsyncIterator[Near]:
     Raises:
         MigrationFailed: it does not, or not any more.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+    with await joined(path) as connection:
+        reader, writer = await asyncio.open_unix_connection(sock=connection, limit=_AHEAD_BYTES)
+        try:
+            yield reader, writer
+        finally:
+            writer.transport.abort()
+
+
+async def joined(path: str) -> socket.socket:
+    """A connection to a Unix socket at which QEMU listens. Raises as `reached`."""
+    with ExitStack() as undo:
+        connection = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         connection.setblocking(False)
         try:
             async with asyncio.timeout(REACH_S):
@@ -100,12 +131,9 @@ async def reached(path: str) -> AsyncIterator[Near]:
                         break
                     await asyncio.sleep(_LOOK_S)
         except (OSError, TimeoutError) as error:
-            raise MigrationFailed(f"QEMU does not listen for what comes through the tunnel: {str(error) or 'it is busy'}") from error
-        reader, writer = await asyncio.open_unix_connection(sock=connection, limit=_AHEAD_BYTES)
-        try:
-            yield reader, writer
-        finally:
-            writer.transport.abort()
+            raise MigrationFailed(f"QEMU does not listen for what is led on to it: {str(error) or 'it is busy'}") from error
+        undo.pop_all()
+        return connection
 
 
 def _connected(connection: socket.socket, path: str) -> bool:
@@ -124,7 +152,7 @@ async def entrances(paths: Mapping[Channel, str], pid: int, lead: Lead, meter: M
     """
     async with bound_listeners({str(channel): path for channel, path in paths.items()}) as listeners:
         try:
-            async with alongside(_attend({channel: listeners[channel] for channel in paths}, pid, lead, meter), "tunnel"):
+            async with alongside(_attend({channel: listeners[channel] for channel in paths}, pid, lead, meter), "entrances"):
                 yield
         finally:
             await asyncio.to_thread(_remove, tuple(paths.values()))
@@ -139,7 +167,7 @@ async def _attend(listeners: Mapping[Channel, socket.socket], pid: int, lead: Le
     async with asyncio.TaskGroup() as all_of_them:
         for channel, listener in listeners.items():
             listener.setblocking(False)
-            all_of_them.create_task(_admit(listener, channel, pid, lead, meter), name=f"tunnel:{channel}")
+            all_of_them.create_task(_admit(listener, channel, pid, lead, meter), name=f"entrance:{channel}")
 
 
 async def _admit(listener: socket.socket, channel: Channel, pid: int, lead: Lead, meter: Meter) -> None:
@@ -149,22 +177,22 @@ async def _admit(listener: socket.socket, channel: Channel, pid: int, lead: Lead
             connection, _ = await loop.sock_accept(listener)
             caller, _, _ = credentials_of(connection)
             if caller != pid:
-                _log.warning("a stranger at a tunnel was turned away", extra={"pid": caller, "qemu": pid})
+                _log.warning("a stranger at an entrance was turned away", extra={"pid": caller, "qemu": pid})
                 connection.close()
                 continue
             meter.connections += 1
             open_or_not = asyncio.Event()
-            carrying.create_task(_lead_on(connection, channel, lead, meter, open_or_not.set), name=f"tunnel:{channel}:{meter.connections}")
+            name = f"entrance:{channel}:{meter.connections}"
+            carrying.create_task(_lead_on(connection, channel, lead, meter, open_or_not.set), name=name)
             await open_or_not.wait()  # before the next one, so that they stay in their order
 
 
 async def _lead_on(connection: socket.socket, channel: Channel, lead: Lead, meter: Meter, settled: Callable[[], None]) -> None:
     with connection:
         try:
-            async with lead(channel) as stream:
-                near = await asyncio.open_unix_connection(sock=connection, limit=_AHEAD_BYTES)
+            async with lead(channel) as through:
                 settled()
-                await carry(near, stream, meter)
+                await through(connection)
         except QmpdError as error:
             meter.problem = error.message
         finally:
@@ -172,10 +200,10 @@ async def _lead_on(connection: socket.socket, channel: Channel, lead: Lead, mete
 
 
 async def explained(work: Awaitable[None], meter: Meter | None) -> None:
-    """Awaits a part of a migration, through a tunnel maybe; its failure says what was wrong with the tunnel, if anything was."""
+    """Awaits a part of a migration, through a tunnel maybe; its failure says what was wrong with the way, if anything was."""
     try:
         await work
     except MigrationFailed as error:
         if meter is not None and meter.problem:
-            raise MigrationFailed(f"{error.message} (the tunnel: {meter.problem})", **error.details) from error
+            raise MigrationFailed(f"{error.message} ({meter.way}: {meter.problem})", **error.details) from error
         raise

@@ -28,7 +28,8 @@ from qmpd.migration.premises import Premises
 from qmpd.migration.protocol import Acceptance, Channel, DiscardRequest, Endpoint, Handover, Landed, LoadedRequest, Offer, Standing
 from qmpd.migration.reception import Reception
 from qmpd.migration.rehearsal import Rehearsals
-from qmpd.migration.shipping import NO_POSTCOPY, Shipping
+from qmpd.migration.relays import Relays
+from qmpd.migration.shipping import Shipping, no_postcopy
 from qmpd.migration.source import MOVABLE, Departures
 from qmpd.migration.trial import Trials
 from qmpd.migration.tunnel import Meter, Near
@@ -90,7 +91,8 @@ class Migration:
         self._refuse = refuse
         self._vacancies = Vacancies(ledger, refuse)
         bases = Bases(self._tasks, settings.pools, settings.cache_dir)
-        fingerprints, shipping = Fingerprints(settings.pools), Shipping(settings.pki_dir, registry.paths, bases)
+        relays = Relays(self._tasks)
+        fingerprints, shipping = Fingerprints(settings.pools), Shipping(settings.pki_dir, registry.paths, bases, relays)
         duplicates, withdrawals = Duplicates(shipping, registry.paths), Withdrawals(ledger, peering, publish)
         rehearsals = Rehearsals(shipping, duplicates, fingerprints, registry.paths)
         premises = Premises(settings, registry, planning, fingerprints, bases)
@@ -101,7 +103,7 @@ class Migration:
             planning=planning,
             premises=premises,
             bases=bases,
-            reception=Reception(settings, registry.paths, items, ports, publish),
+            reception=Reception(settings, registry.paths, items, ports, relays, publish),
             admissions=admissions,
             peering=peering,
             tasks=self._tasks,
@@ -142,8 +144,8 @@ class Migration:
             GoingDown: it is about to be ended with its host.
             Invalid: what is asked for cannot be had together.
         """
-        if request.tunnel and request.goal.then == "postcopy":
-            raise invalid([Problem(path="$.goal.then", message=NO_POSTCOPY)])
+        if request.goal.then == "postcopy" and (obstacle := no_postcopy(tunnel=request.tunnel, channels=request.channels)) is not None:
+            raise invalid([Problem(path="$.goal.then", message=obstacle)])
         if request.copy is not None:
             check_wishes(request)
         machine = self._registry.get(name)

@@ -16,7 +16,6 @@ from qmpd.errors import MigrationFailed, QemuRefused
 from qmpd.lifecycle import State
 from qmpd.migration import capabilities, door, outgoing
 from qmpd.migration.addresses import TcpAddress, TcpRange
-from qmpd.migration.capabilities import Agreed
 from qmpd.migration.door import CALLERS, SECRET_BYTES, Door, knock, opened
 from qmpd.migration.incoming import Endpoint, Listen, receive_disks, receive_from, wait_loaded
 from qmpd.migration.tls import ClientTls, ServerTls
@@ -39,16 +38,17 @@ def at(there: Door) -> TcpAddress:
 
 
 @asynccontextmanager
-async def answered(answer: int = 0) -> AsyncIterator[tuple[Door, asyncio.Task[None], list[socket.socket]]]:
-    """A door behind which nobody is: what is led there is kept, and answered with this port."""
+async def answered(connections: int = 1) -> AsyncIterator[tuple[Door, asyncio.Task[None], list[socket.socket]]]:
+    """A door behind which nobody is: what is led there is kept."""
     kept: list[socket.socket] = []
 
-    async def take(line: socket.socket) -> int:
+    @asynccontextmanager
+    async def take(line: socket.socket) -> AsyncIterator[None]:
         kept.append(line.dup())
-        return answer
+        yield
 
     there = await opened(PORTS)
-    async with alongside(there.attend(take), "attend") as attending:
+    async with alongside(there.attend(take, connections), "attend") as attending:
         yield there, attending, kept
     for line in kept:
         line.close()
@@ -63,10 +63,8 @@ def visitor(there: Door, words: bytes = b"") -> socket.socket:
 
 async def test_the_peer_gets_in_and_says_the_rest_to_qemu() -> None:
     async with answered() as (there, attending, kept):
-        line, port = await knock(at(there), there.secret)
-        with line:
+        with await knock(at(there), there.secret) as line:
             await attending
-            assert port == 0
             line.setblocking(True)
             line.sendall(b"for QEMU")
             kept[0].setblocking(True)
@@ -78,11 +76,14 @@ async def test_the_peer_gets_in_and_says_the_rest_to_qemu() -> None:
             await knock(at(there), there.secret)
 
 
-async def test_the_peer_is_sent_to_another_port() -> None:
-    async with answered(40_000) as (there, _, _):
-        line, port = await knock(at(there), there.secret)
-        line.close()
-        assert port == 40_000
+async def test_the_peer_gets_in_as_often_as_it_has_connections_and_in_its_order() -> None:
+    async with answered(3) as (there, attending, kept):
+        for number in range(3):
+            with visitor(there, bytes(SECRET_BYTES)), await knock(at(there), there.secret) as line:
+                assert kept[number].getpeername() == line.getsockname()
+        await attending
+        with pytest.raises(MigrationFailed, match="refused"):
+            await knock(at(there), there.secret)
 
 
 @pytest.mark.parametrize("words", [b"", b"\x16\x03\x01", b"GET / HTTP/1.0\r\n\r\n", bytes(SECRET_BYTES), bytes(4096)])
@@ -92,10 +93,8 @@ async def test_strangers_that_stay_keep_nobody_out_however_many_there_are(words:
             for _ in range(CALLERS + 5):
                 strangers.enter_context(visitor(there, words))
                 await asyncio.sleep(0)
-            line, port = await knock(at(there), there.secret)
-            line.close()
+            (await knock(at(there), there.secret)).close()
             await attending
-        assert port == 0
 
 
 async def test_a_stranger_hears_nothing_and_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,8 +109,10 @@ async def test_a_stranger_hears_nothing_and_is_turned_away(monkeypatch: pytest.M
 
 
 async def test_a_qemu_that_does_not_take_it_leaves_the_peer_without_an_answer() -> None:
-    async def take(_line: socket.socket) -> int:
+    @asynccontextmanager
+    async def take(_line: socket.socket) -> AsyncIterator[None]:
         raise QemuRefused("it does not")
+        yield
 
     there = await opened(PORTS)
     async with alongside(there.attend(take), "attend") as attending:
@@ -150,13 +151,11 @@ async def awaited(destination: End, wanted: Listen) -> AsyncIterator[tuple[Door,
 
 
 @pytest.mark.qemu
-@pytest.mark.parametrize("channels", [0, 2])
-async def test_a_guest_comes_through_the_door(ends: Ends, server_tls: ServerTls, client_tls: ClientTls, channels: int) -> None:
+async def test_a_guest_comes_through_the_door(ends: Ends, server_tls: ServerTls, client_tls: ClientTls) -> None:
     source, destination = await ends.source(), await ends.destination()
     launched = await capabilities.read(destination.monitor)
-    agreed = Agreed(channels=channels)
-    async with awaited(destination, Listen(memory=PORTS, tls=server_tls, agreed=agreed)) as (there, endpoint):
-        await attempt(await outgoing_to(source, endpoint, client_tls, agreed=agreed, secret=there.secret))
+    async with awaited(destination, Listen(memory=PORTS, tls=server_tls)) as (there, endpoint):
+        await attempt(await outgoing_to(source, endpoint, client_tls, secret=there.secret))
         await wait_loaded(destination.monitor)
         await source.monitor.execute("quit")
         await go_on(destination, launched)

@@ -5,33 +5,42 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from contextlib import AsyncExitStack, ExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from qmpd.errors import HostError, MigrationFailed
+from qmpd.lifecycle import State
 from qmpd.migration import capabilities, ports
 from qmpd.migration.addresses import TcpAddress, TcpRange
+from qmpd.migration.door import Door
 from qmpd.migration.incoming import Listen, listen, receive_disks, wait_loaded
 from qmpd.migration.ports import Ports, bound, passed_ports, port_of
+from qmpd.migration.qemu import ask_map
 from qmpd.migration.tls import ClientTls, ServerTls
+from qmpd.migrationviews import Goal, MigrateRequest
 from qmpd.monitor import Monitor
 from qmpd_api.server import passed_sockets
-from tests.api.lab import authority, daemon, host, peer, port
+from tests.api.lab import Daemon, authority, daemon, host, peer, port
 from tests.conftest import end_machines
 from tests.guests.build import Guest
 from tests.guests.ring import missing, read_ring
 from tests.machines import copy_of, spec_of
 from tests.migration.disks import NODE, Writers
 from tests.migration.ends import attempt, go_on, outgoing_to
-from tests.migration.test_moves import moved, printed
+from tests.migration.strangers import WORDS, says
+from tests.migration.test_moves import HUNG_S, LOOK_S, busy, ended, moved, printed
 from tests.migration.test_moving_disks import written
+from tests.migration.test_tunnel import until
 
 HOST = "127.0.0.1"
 PORTS = TcpRange(host=HOST, first=28000, last=28999)
 #: Of this process: what it lets go of stays free, whatever tests run in others.
 OWN = TcpRange(host=HOST, first=20000 + os.getpid() % 400 * 16, last=20015 + os.getpid() % 400 * 16)
+#: So few bytes that they are taken without anybody who reads them.
+MOST = 64
 
 
 def is_free(port: int) -> bool:
@@ -136,28 +145,76 @@ async def test_a_socket_is_not_free_as_long_as_a_qemu_has_it(writers: Writers, s
         (await Ports([listener]).bound(PORTS)).close()
 
 
-@pytest.mark.qemu
-async def test_machines_come_to_the_sockets_that_were_passed(
-    short_directory: Path, guests: dict[str, Guest], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@asynccontextmanager
+async def passing(directory: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Daemon, Daemon]]:
+    """Two daemons, of which the second got so many sockets, and neither may bind one."""
+
     async def none(where: TcpRange) -> socket.socket:
         raise AssertionError(f"a port of {where} was bound")
 
     monkeypatch.setattr(ports, "bound", none)
-    guest = copy_of(guests["x86_64-pc-blocks"], short_directory)
-    there = short_directory / "there.raw"
-    root = authority(short_directory / "ca")
+    root = authority(directory / "ca")
     async with AsyncExitStack() as stack:
         doors = [stack.enter_context(port()) for _ in range(2)]
-        awaiting = [stack.enter_context(listening()) for _ in range(2)]
+        awaiting = [stack.enter_context(listening()) for _ in range(count)]
         made = []
         for name, other, sockets in (("a", 1, ()), ("b", 0, awaiting)):
-            pki = host(root, short_directory / name / "pki", name)
+            pki = host(root, directory / name / "pki", name)
             known = (peer("ab"[other], doors[other][1]),)
             listener = doors[1 - other][0]
-            made.append(await stack.enter_async_context(daemon(name, short_directory / name, pki, listener, known, awaiting=sockets)))
+            made.append(await stack.enter_async_context(daemon(name, directory / name, pki, listener, known, awaiting=sockets)))
             stack.push_async_callback(end_machines, made[-1].service)
-        a, b = made
+        yield made[0], made[1]
+
+
+@pytest.mark.qemu
+async def test_memory_that_was_cut_off_comes_again_to_a_socket_that_was_passed_past_strangers(
+    short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with AsyncExitStack() as strangers, passing(short_directory, 1, monkeypatch) as (a, b):
+        relays, doors = b.service.migration._arrivals._reception._relays, list[int]()
+        await_again = relays.await_again
+
+        def scanned(machine: str, door: Door, path: str) -> None:
+            doors.append(door.port)
+            await_again(machine, door, path)
+            for words in WORDS.values():
+                says(words)((HOST, door.port))
+                strangers.enter_context(socket.create_connection((HOST, door.port))).sendall(words[:MOST])
+
+        monkeypatch.setattr(relays, "await_again", scanned)
+        await a.service.create(busy(short_directory), start=True)
+        goal = Goal(bandwidth_mib_s=2, downtime_ms=1, deadline_s=1.0, then="postcopy", auto_converge=False)
+        job = await a.service.migration.migrate("busy", MigrateRequest(peer="b", goal=goal))
+        await following(a, "busy")
+        await a.service._registry.get("busy").session.execute_oob("migrate-pause")
+        await until(lambda: len(doors) == 1)
+        await following(a, "busy")
+        (relay,) = [task for task in asyncio.all_tasks() if task.get_name() == "relay:busy"]
+        relay.cancel()  # as when its daemon ends
+        await until(lambda: len(doors) == 2)
+        view = await ended(a, job)
+        assert view.state == "succeeded", view.error
+        await until(lambda: b.service.machine("busy").operation is None)
+        assert b.service.machine("busy").state is State.RUNNING
+        await b.service.kill("busy")
+
+
+async def following(there: Daemon, name: str) -> None:
+    """Returns when the memory of a machine follows it."""
+    session = there.service._registry.get(name).session
+    async with asyncio.timeout(HUNG_S):
+        while (await ask_map(session, "query-migrate")).get("status") != "postcopy-active":
+            await asyncio.sleep(LOOK_S)
+
+
+@pytest.mark.qemu
+async def test_machines_come_to_the_sockets_that_were_passed(
+    short_directory: Path, guests: dict[str, Guest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = copy_of(guests["x86_64-pc-blocks"], short_directory)
+    there = short_directory / "there.raw"
+    async with passing(short_directory, 2, monkeypatch) as (a, b):
         await a.service.create(spec_of(guest, "writer"), start=True)
         await written(a, "writer", 20)
         await moved(a, "writer", "b", disks=[{"disk": 0, "how": "copy", "path": str(there)}])
@@ -165,7 +222,7 @@ async def test_machines_come_to_the_sockets_that_were_passed(
         # Its QEMU may have one of them still; the other one is free again.
         await a.service.create(spec_of(copy_of(guests["x86_64-q35"], short_directory), "counter"), start=True)
         await printed(a, "counter", 100)
-        await moved(a, "counter", "b")
+        await moved(a, "counter", "b", channels=2)
         await printed(b, "counter", 100)
         await b.service.stop("writer")
         ring = read_ring(there)

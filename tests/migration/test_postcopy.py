@@ -8,12 +8,16 @@ import pytest
 
 from qmpd.errors import WrongState
 from qmpd.migration import capabilities
-from qmpd.migration.addresses import UnixAddress
+from qmpd.migration.addresses import TcpAddress, TcpRange, UnixAddress
 from qmpd.migration.capabilities import Agreed
+from qmpd.migration.door import opened
+from qmpd.migration.following import resume
 from qmpd.migration.incoming import Listen, listen, recover, wait_loaded, wait_postcopy
 from qmpd.migration.outgoing import Outgoing
 from qmpd.migration.progress import Progress
+from qmpd.migration.relays import Relays
 from qmpd.migration.tls import ClientTls, ServerTls
+from qmpd.tasks import background
 from tests.migration.ends import End, Ends, at, go_on, outgoing_to, wait_status
 from tests.process.emulator import PATIENCE_S
 
@@ -21,6 +25,7 @@ pytestmark = pytest.mark.qemu
 AGREED = Agreed(postcopy=True)
 #: So slow that it does not end by itself before the guest has moved, nor at once afterwards.
 SLOW = 20_000
+PORTS = TcpRange(host="127.0.0.1", first=29000, last=29999)
 
 
 async def halfway(source: End, destination: End, address: UnixAddress, server: ServerTls | None, client: ClientTls | None) -> Outgoing:
@@ -76,18 +81,29 @@ async def test_a_guest_that_is_halfway_is_not_called_back(ends: Ends) -> None:
     assert ends.trace(source, destination).whole
 
 
-async def test_a_broken_connection_is_made_anew(ends: Ends) -> None:
+@pytest.mark.parametrize("protected", [False, True])
+async def test_a_broken_connection_is_made_anew(ends: Ends, server_tls: ServerTls, client_tls: ClientTls, protected: bool) -> None:
     source, destination = await ends.source(), await ends.destination()
-    outgoing = await halfway(source, destination, at(ends.directory), None, None)
-    await outgoing.interrupt()
-    assert not await outgoing.follow(ignored)
-    async with asyncio.timeout(PATIENCE_S):
-        await wait_status(destination, "postcopy-paused")
-    again = await recover(destination.monitor, at(ends.directory, "again"))
-    await outgoing.tune({"max-postcopy-bandwidth": 0})
-    await outgoing.resume(again)
-    assert await outgoing.follow(ignored)
-    await wait_loaded(destination.monitor)
+    credentials = (server_tls, client_tls) if protected else (None, None)
+    outgoing = await halfway(source, destination, at(ends.directory), *credentials)
+    place = at(ends.directory, "again")
+    async with background() as tasks:
+        relays = Relays(tasks)
+        for _ in range(2):
+            await outgoing.interrupt()
+            assert not await outgoing.follow(ignored)
+            async with asyncio.timeout(PATIENCE_S):
+                await wait_status(destination, "postcopy-paused")
+            for _ in range(2):  # as after an answer that was lost
+                await recover(destination.monitor, place)
+            door = await opened(PORTS)
+            relays.await_again("one", door, place.path)
+            await resume(source.monitor, TcpAddress(host=PORTS.host, port=door.port), door.secret)
+            async with asyncio.timeout(PATIENCE_S):
+                await wait_status(source, "postcopy-active")
+        await outgoing.tune({"max-postcopy-bandwidth": 0})
+        assert await outgoing.follow(ignored)
+        await wait_loaded(destination.monitor)
     await ends.printed(destination, 400)
     trace = ends.trace(source, destination)
     assert (trace.whole, trace.boots) == (True, 1), trace

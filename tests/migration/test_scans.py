@@ -41,17 +41,20 @@ async def three() -> AsyncIterator[Hosts]:
 
 
 @pytest.mark.timeout(LIMIT_S)
-async def test_a_scan_between_the_consent_and_the_peer_lets_the_peer_in(three: Hosts, guests: dict[str, Guest], tmp_path: Path) -> None:
+@pytest.mark.parametrize("channels", [0, 2])
+async def test_a_scan_between_the_consent_and_the_peer_lets_the_peer_in(
+    three: Hosts, guests: dict[str, Guest], tmp_path: Path, channels: int
+) -> None:
     world = three
     machine = Traveller(world, spec_of(guests["x86_64-microvm"], "one"))
     sides = Sides(source=world[0], destination=world[1], machine=machine)
     await machine.begin(world[0])
     await machine.grown(world[0], PRINTED)
     await world[0].armed(READY)
-    asking = asyncio.create_task(asked(sides, MigrateRequest(peer=world[1].name)), name="asking")
+    asking = asyncio.create_task(asked(sides, MigrateRequest(peer=world[1].name, channels=channels)), name="asking")
     assert await stopped(world[0]) is world[0]
     addresses = [(world[1].station.address, port) for port in await asyncio.to_thread(world[1].ports)]
-    assert addresses
+    assert len(addresses) == 1
     authority = Pki(world[0].certificates.parent / "authority")
     papers = impostors(tmp_path, authority, "host0", world[0].station.address)
     scan = {**{name: says(words) for name, words in WORDS.items()}, "reset": breaks_off, **papers}

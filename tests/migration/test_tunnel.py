@@ -21,7 +21,7 @@ from qmpd.lifecycle import State
 from qmpd.migration import mirror
 from qmpd.migration.protocol import Channel
 from qmpd.migration.qemu import PREFIX
-from qmpd.migration.tunnel import CHUNK_BYTES, Meter, carry, entrances, explained, reached
+from qmpd.migration.tunnel import CHUNK_BYTES, Meter, carry, entrances, explained, reached, tunnelling
 from qmpd.migrationviews import DiskChoice, Goal, MigrateRequest
 from qmpd.spec import BlankDisk, ImageDisk
 from qmpd.views import JobView
@@ -180,7 +180,7 @@ async def test_only_the_qemu_that_is_meant_gets_in(short_directory: Path) -> Non
     led: list[Channel] = []
 
     @asynccontextmanager
-    async def lead(channel: Channel) -> AsyncIterator[Pipe]:
+    async def dial(channel: Channel) -> AsyncIterator[Pipe]:
         led.append(channel)
         stream, other = await pipes()
         try:
@@ -191,7 +191,7 @@ async def test_only_the_qemu_that_is_meant_gets_in(short_directory: Path) -> Non
 
     meter = Meter()
     stranger = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(s.recv(1) == b'')"
-    async with asyncio.timeout(HUNG_S), entrances({"memory": path}, os.getpid(), lead, meter):
+    async with asyncio.timeout(HUNG_S), entrances({"memory": path}, os.getpid(), tunnelling(dial, meter), meter):
         assert mode_of(path) == 0o600
         asked = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", stranger, path], capture_output=True, text=True, check=True)
         assert asked.stdout == "True\n"
@@ -209,12 +209,12 @@ async def test_a_peer_that_does_not_open_the_tunnel_ends_the_connection_and_is_n
     path = str(short_directory / "t.sock")
 
     @asynccontextmanager
-    async def lead(_channel: Channel) -> AsyncIterator[Pipe]:
+    async def dial(_channel: Channel) -> AsyncIterator[Pipe]:
         raise PeerUnavailable("b is away")
         yield (await pipes())[0]
 
     meter = Meter()
-    async with asyncio.timeout(HUNG_S), entrances({"memory": path}, os.getpid(), lead, meter):
+    async with asyncio.timeout(HUNG_S), entrances({"memory": path}, os.getpid(), tunnelling(dial, meter), meter):
         for _ in range(2):
             reader, writer = await asyncio.open_unix_connection(path)
             assert await reader.read() == b""
@@ -326,7 +326,7 @@ async def test_a_tunnel_that_breaks_leaves_the_machine_where_it_is(short_directo
         await a.service.create(laden(spec_of(counting, "counter"), short_directory), start=True)
         job, migration = await slowly(a, b, "counter")
         assert a.service.migration._departures.under_way(migration) is not None
-        (broken,) = [task for task in asyncio.all_tasks() if task.get_name() == "tunnel:memory:1"]
+        (broken,) = [task for task in asyncio.all_tasks() if task.get_name() == "entrance:memory:1"]
         broken.cancel()
         view = await ended(a, job)
         assert view.error is not None
