@@ -205,8 +205,7 @@ class Reception:
         """
         place = self._place(machine, "memory")
         await incoming.recover(machine.session, place)
-        door = await opened(self._range, self._ports.bound)
-        self._relays.await_again(machine.name, door, place.path)
+        door = await self._relays.await_again(machine.name, lambda: opened(self._range, self._ports.bound), place.path)
         return self._endpoint(door, peer)
 
     async def is_whole(self, delivery: Delivery) -> bool:

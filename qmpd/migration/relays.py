@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Final
@@ -81,12 +81,16 @@ class Relays:
 
         return take
 
-    def await_again(self, machine: str, door: Door, path: str) -> None:
-        """Has the peer led on to the Unix socket when it comes to this door, in place of the one where it was awaited before."""
+    async def await_again(self, machine: str, open_door: Callable[[], Awaitable[Door]], path: str) -> Door:
+        """Has the peer led on to the Unix socket when it comes to another door, in place of the one where it was awaited before, whose port
+        may be the only one that there is. Raises as `open_door`."""
         if (before := self._again.pop(machine, None)) is not None:
             before.cancel()
+            await asyncio.wait([before])
+        door = await open_door()
         task = self._again[machine] = self._tasks.start(self._awaited_again(door, path, machine), f"again:{machine}")
         task.add_done_callback(lambda _: door.close())
+        return door
 
     async def _awaited_again(self, door: Door, path: str, machine: str) -> None:
         try:

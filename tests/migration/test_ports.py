@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from tests.machines import copy_of, spec_of
 from tests.migration.disks import NODE, Writers
 from tests.migration.ends import attempt, go_on, outgoing_to
 from tests.migration.strangers import WORDS, says
-from tests.migration.test_moves import HUNG_S, LOOK_S, busy, ended, moved, printed
+from tests.migration.test_moves import FEW_PAGES, HUNG_S, LOOK_S, busy, ended, filled, moved, printed
 from tests.migration.test_moving_disks import written
 from tests.migration.test_tunnel import until
 
@@ -175,16 +175,18 @@ async def test_memory_that_was_cut_off_comes_again_to_a_socket_that_was_passed_p
         relays, doors = b.service.migration._arrivals._reception._relays, list[int]()
         await_again = relays.await_again
 
-        def scanned(machine: str, door: Door, path: str) -> None:
+        async def scanned(machine: str, open_door: Callable[[], Awaitable[Door]], path: str) -> Door:
+            door = await await_again(machine, open_door, path)
             doors.append(door.port)
-            await_again(machine, door, path)
             for words in WORDS.values():
                 says(words)((HOST, door.port))
                 strangers.enter_context(socket.create_connection((HOST, door.port))).sendall(words[:MOST])
+            return door
 
         monkeypatch.setattr(relays, "await_again", scanned)
-        await a.service.create(busy(short_directory), start=True)
-        goal = Goal(bandwidth_mib_s=2, downtime_ms=1, deadline_s=1.0, then="postcopy", auto_converge=False)
+        # Most of its memory the guest never asks for, so that it takes its time.
+        await a.service.create(filled(busy(short_directory, FEW_PAGES), short_directory / "filling"), start=True)
+        goal = Goal(bandwidth_mib_s=1, downtime_ms=1, deadline_s=1.0, then="postcopy", auto_converge=False)
         job = await a.service.migration.migrate("busy", MigrateRequest(peer="b", goal=goal))
         await following(a, "busy")
         await a.service._registry.get("busy").session.execute_oob("migrate-pause")

@@ -96,8 +96,7 @@ async def test_a_broken_connection_is_made_anew(ends: Ends, server_tls: ServerTl
                 await wait_status(destination, "postcopy-paused")
             for _ in range(2):  # as after an answer that was lost
                 await recover(destination.monitor, place)
-            door = await opened(PORTS)
-            relays.await_again("one", door, place.path)
+            door = await relays.await_again("one", lambda: opened(PORTS), place.path)
             await resume(source.monitor, TcpAddress(host=PORTS.host, port=door.port), door.secret)
             async with asyncio.timeout(PATIENCE_S):
                 await wait_status(source, "postcopy-active")

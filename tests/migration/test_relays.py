@@ -16,8 +16,9 @@ from qmpd.errors import Invalid, MigrationFailed
 from qmpd.migration import capabilities, relays
 from qmpd.migration.addresses import TcpAddress, TcpRange, UnixAddress
 from qmpd.migration.capabilities import Agreed
-from qmpd.migration.door import Door, opened
+from qmpd.migration.door import Door, knock, opened
 from qmpd.migration.incoming import Endpoint, Listen, receive_disks, receive_memory, wait_loaded
+from qmpd.migration.ports import Ports, port_of
 from qmpd.migration.relays import Relays, relayed
 from qmpd.migration.tls import ClientTls, ServerTls
 from qmpd.migration.tunnel import CHUNK_BYTES, Meter
@@ -90,17 +91,28 @@ async def test_what_breaks_on_one_side_is_broken_on_the_other(cancelled: bool) -
 async def test_one_who_is_awaited_again_is_not_awaited_where_it_was(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with background() as tasks:
         passing = Relays(tasks)
-        doors = [await opened(PORTS) for _ in range(2)]
-        for door in doors:
-            passing.await_again("one", door, str(short_directory / "nothing"))
-        await asyncio.sleep(LOOK_S)
-        assert [is_open(door) for door in doors] == [False, True]
+        path = str(short_directory / "nothing")
+        doors = [await passing.await_again("one", lambda: opened(PORTS), path) for _ in range(2)]
+        assert doors[0].secret != doors[1].secret
+        with pytest.raises(MigrationFailed):
+            await knock(TcpAddress(host=HOST, port=doors[0].port), doors[0].secret)
+        assert is_open(doors[1])
         monkeypatch.setattr(relays, "AGAIN_S", LOOK_S)
-        last = await opened(PORTS)
-        passing.await_again("one", last, str(short_directory / "nothing"))
+        last = await passing.await_again("one", lambda: opened(PORTS), path)
         async with asyncio.timeout(HUNG_S):
             while is_open(last):
                 await asyncio.sleep(LOOK_S)
+
+
+async def test_one_who_is_awaited_again_needs_no_second_socket(short_directory: Path) -> None:
+    with socket.create_server((HOST, 0)) as passed:
+        passed.setblocking(False)
+        ours = Ports([passed])
+        async with background() as tasks:
+            passing = Relays(tasks)
+            for _ in range(3):
+                door = await passing.await_again("one", lambda: opened(PORTS, ours.bound), str(short_directory / "nothing"))
+                assert door.port == port_of(passed)
 
 
 def is_open(door: Door) -> bool:
