@@ -327,14 +327,18 @@ async def counters(there: Daemon, name: str, path: Path) -> tuple[int, ...]:
     return tuple(int.from_bytes(memory[at : at + 4], "little") for at in range(0, FEW_PAGES, 4096))
 
 
-async def test_no_store_is_lost_of_a_guest_that_changes_its_memory_all_the_time(short_directory: Path) -> None:
+@pytest.mark.parametrize(("then", "mib_s", "deadline_s"), [("pause", 40, 3.0), ("postcopy", 4, 1.0)])
+async def test_no_store_is_lost_of_a_guest_that_changes_its_memory_all_the_time(
+    short_directory: Path, then: str, mib_s: int, deadline_s: float
+) -> None:
     """QEMU before 9.0 forgets some under TCG when memory is sent again and again."""
     spec = filled(busy(short_directory, FEW_PAGES), short_directory / "filling")
-    goal = {"bandwidth_mib_s": 40, "downtime_ms": 1, "deadline_s": 3.0, "then": "pause"}
+    goal = {"bandwidth_mib_s": mib_s, "downtime_ms": 1, "deadline_s": deadline_s, "then": then}
     async with pair(short_directory) as (a, b):
         await set_to_work(a, spec, FEW_PAGES)
         for source, there in ((a, b), (b, a)) * 2:
-            await moved(source, "busy", there.name, goal=goal)
+            report = await moved(source, "busy", there.name, goal=goal)
+            assert report.postcopy is (then == "postcopy")
             await there.service.pause("busy")
             counted = await counters(there, "busy", short_directory / "memory")
             assert max(counted) - min(counted) <= 1
