@@ -7,9 +7,10 @@ from typing import Final, TypeAlias
 
 import msgspec
 
-from qmpd.migration.discrepancy import discrepancies, found
+from qmpd.migration.discrepancy import discrepancies, found, shown
 from qmpd.migration.likeness import BaseThere, DestinationFacts, FirmwareFile, MachineFacts, Obstacle, SourceDisk, SourceFacts, TargetDisk
 from qmpd.migrationviews import MigrationFinding, Severity
+from qmpd.plan.disks import disk_of
 
 MIB: Final = 1024 * 1024
 Check: TypeAlias = Callable[[SourceFacts, DestinationFacts], Iterator[MigrationFinding]]
@@ -20,7 +21,16 @@ _ORDER: Final[dict[Severity, int]] = {"error": 0, "warning": 1, "info": 2}
 
 #: Errors that may be taken upon oneself: if QEMU refuses the state, the guest goes on; if the guest minds, its owner knew.
 ACCEPTABLE: Final = frozenset(
-    {"machine-unversioned", "known-trouble", "cpu-type-differs", "cpu-features-missing", "device-added", "limit-unkept", "board-refused"}
+    {
+        "machine-unversioned",
+        "known-trouble",
+        "cpu-type-differs",
+        "cpu-features-missing",
+        "device-added",
+        "limit-unkept",
+        "board-refused",
+        "snapshots-lost",
+    }
 )
 #: What a board file's word about migration means for one.
 _WORKS: Final[dict[str, tuple[Severity, str]]] = {
@@ -238,6 +248,16 @@ def _base(here: SourceDisk, there: BaseThere, path: str, *, whole: bool) -> Iter
         yield found("error", "base-differs", other, path=path, mend=mend)
 
 
+def _snapshots(departure: SourceFacts, _arrival: DestinationFacts) -> Iterator[MigrationFinding]:
+    """QEMU copies what the guest sees of a disk."""
+    copied = {disk.index for disk in departure.disks if disk.how == "copy"}
+    for drive in departure.qemu.drives:
+        if drive.snapshots and (index := disk_of(drive.device)) in copied:
+            message = f"the snapshots in this image would be lost, which are no part of what is copied: {shown(drive.snapshots)}"
+            mend = "move it as shared storage, or the machine while it does not run; or remove them (qemu-img snapshot -d)"
+            yield found("error", "snapshots-lost", message, path=f"$.disks[{index}]", mend=mend)
+
+
 def _ports(departure: MachineFacts, arrival: DestinationFacts) -> Iterator[MigrationFinding]:
     for port in departure.forwards:
         if port in arrival.ports_taken:
@@ -276,6 +296,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     _alias,
     _firmware,
     _disks,
+    _snapshots,
     _ports,
     _limits,
     _room,

@@ -6,7 +6,7 @@ QEMU finds out while it loads, and then the guest goes on where it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
 from qmpd.migration.likeness import CpuFacts, DeviceFacts, QemuFacts, RamBlock
@@ -91,7 +91,7 @@ def found(severity: Severity, code: str, message: str, *, path: str = "", mend: 
     return MigrationFinding(severity=severity, code=code, path=path, message=message, mend=mend)
 
 
-def shown(items: list[str]) -> str:
+def shown(items: Sequence[str]) -> str:
     """The first of a list, in a sentence."""
     return ", ".join(items[:SHOWN]) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
 

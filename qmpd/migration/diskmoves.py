@@ -117,6 +117,9 @@ class DiskMoves:
             raise CannotMove(
                 f"disk {index} has bitmaps that would be lost ({noted[0].name}): remove them first (block-dirty-bitmap-remove)"
             )
+        if medium.snapshots and isinstance(disk, BlankDisk):  # of another image the old file stays
+            message = f"disk {index} has snapshots in its image that would be lost ({', '.join(medium.snapshots)}): remove them first"
+            raise CannotMove(f"{message} (qemu-img snapshot -d, while it is at rest)")
         needed = medium.used_bytes
         if (base := base_of(disk)) is not None and (request.format or disk.format) != "qcow2":
             needed += await asyncio.to_thread(lambda: sum(allocated(layer.path) for layer in base.layers()))

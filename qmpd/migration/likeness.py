@@ -54,12 +54,13 @@ class PciFacts(Part, frozen=True, kw_only=True):
 
 
 class DriveFacts(Part, frozen=True, kw_only=True):
-    """A drive with something in it, by the device it is attached to."""
+    """A drive with something in it, by the device it is attached to. `snapshots` are the names of those within its image."""
 
     device: str
     format: str
     bytes: int
     read_only: bool
+    snapshots: tuple[str, ...] = ()
 
 
 class QemuFacts(Part, frozen=True, kw_only=True):

@@ -111,8 +111,13 @@ class _PciBus(Answer, frozen=True, kw_only=True):
     devices: tuple[_PciDevice, ...] = ()
 
 
+class _Snapshot(Answer, frozen=True, kw_only=True):
+    name: str
+
+
 class _Image(Answer, frozen=True, kw_only=True):
     virtual_size: int
+    snapshots: tuple[_Snapshot, ...] = ()
 
 
 class _Inserted(Answer, frozen=True, kw_only=True):
@@ -284,7 +289,13 @@ def _functions(way: str, devices: tuple[_PciDevice, ...]) -> Iterator[PciFacts]:
 
 async def _drives(qemu: Asked) -> tuple[DriveFacts, ...]:
     return tuple(
-        DriveFacts(device=drive.qdev or drive.device, format=medium.drv, bytes=medium.image.virtual_size, read_only=medium.ro)
+        DriveFacts(
+            device=drive.qdev or drive.device,
+            format=medium.drv,
+            bytes=medium.image.virtual_size,
+            read_only=medium.ro,
+            snapshots=tuple(snapshot.name for snapshot in medium.image.snapshots),
+        )
         for drive in await ask(qemu, "query-block", tuple[_Drive, ...])
         if (medium := drive.inserted) is not None
     )

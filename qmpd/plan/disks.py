@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Final
@@ -25,6 +26,8 @@ ERROR_OPTIONS: Final[dict[DiskErrors, dict[str, object]]] = {
     "report": {"werror": "report", "rerror": "report"},
     "ignore": {"werror": "ignore", "rerror": "ignore"},
 }
+#: A disk's device, by its id or its path (virtio's backend is below it).
+_DEVICE: Final = re.compile(r"(?:^|/)disk([0-9]+)(?:/|$)")
 
 
 def disk_path(spec: MachineSpec, paths: MachinePaths, index: int) -> str:
@@ -60,6 +63,12 @@ def is_read_only(disk: Disk) -> bool:
 def base_of(disk: Disk) -> BaseImage | None:
     """What lies below the image of a disk, if anything does."""
     return disk.base if isinstance(disk, ImageDisk) else None
+
+
+def disk_of(device: str) -> int | None:
+    """The place in the definition of the disk that a device of the plan is, by its id or its path; None where it is none."""
+    found = _DEVICE.search(device)
+    return int(found[1]) if found is not None else None
 
 
 def layers(disk: Disk) -> Iterator[tuple[int, BaseImage]]:

@@ -159,6 +159,15 @@ def test_another_qemu_is_found_out(case: str) -> None:
     assert codes(arrival=there(**changes)) == expected
 
 
+def test_snapshots_in_an_image_are_not_left_behind_unasked() -> None:
+    drive = replace(QEMU.drives[0], device="/machine/peripheral/disk0/virtio-backend", snapshots=("before",))
+    departure, arrival = here(drives=(drive,)), there(drives=(drive,))
+    assert codes(departure, arrival) == []
+    copied = replace(departure, disks=(replace(DEPARTURE.disks[0], how="copy"),))
+    found = accepted(compared(copied, replace(arrival, disks=(replace(SHARED, exists=False, same=False),))), ("snapshots-lost",))
+    assert [(one.severity, one.code, one.path) for one in found] == [("warning", "snapshots-lost", "$.disks[0]")]
+
+
 def test_a_lost_feature_is_named_as_well_as_it_can_be() -> None:
     assert "CPUID 0x1 ECX bit 3" in message(arrival=there(cpu=cpu(words={"0x1.0.ECX": 0b0011, "0x7.1.EAX": 0b1})))
     assert "CPUID 0x7.1 EAX bit 0" in message(arrival=there(cpu=cpu(words={"0x1.0.ECX": 0b1011})))

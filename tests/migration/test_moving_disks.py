@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
+from qmpd.errors import CannotMove
 from qmpd.lifecycle import State
-from qmpd.migrationviews import MigrateRequest
+from qmpd.migrationviews import MigrateRequest, MoveDiskRequest
 from qmpd.spec import BlankDisk, ImageDisk
+from qmpd.views import StartRequest
 from tests.api.lab import Daemon
 from tests.guests.build import Guest
 from tests.guests.ring import acknowledged, missing, read_ring
@@ -71,6 +74,31 @@ async def test_a_disk_that_qmpd_made_moves_along_and_is_removed_where_it_was(sho
         await b.service.kill("owner")
 
 
+async def test_snapshots_in_an_image_are_lost_only_where_that_is_accepted(short_directory: Path, guests: dict[str, Guest]) -> None:
+    """What a guest sees of a disk is copied while it runs, and all of the image while it does not."""
+    spec = spec_of(guests["x86_64-q35-quiet"], "owner", disks=(BlankDisk(size_mib=16),))
+    here, there = (short_directory / f"{host}/s/machines/owner/disk0.qcow2" for host in ("a", "b"))
+    async with pair(short_directory) as (a, b):
+        await a.service.create(spec)
+        made = await asyncio.create_subprocess_exec("qemu-img", "snapshot", "-c", "before", str(here))
+        assert await made.wait() == 0
+        await a.service.start("owner", StartRequest())
+        refused = await ended(a, await a.service.migration.migrate("owner", MigrateRequest(peer="b")))
+        assert refused.error is not None
+        assert refused.error["code"] == "cannot_move"
+        assert "snapshots in this image would be lost, which are no part of what is copied: before" in str(refused.error["message"])
+        with pytest.raises(CannotMove, match="lost \\(before\\)"):
+            await a.service.disk_moves._begun(a.service._registry.get("owner"), 0, MoveDiskRequest(path=str(short_directory / "new.qcow2")))
+        await a.service.kill("owner")
+        await moved(a, "owner", "b")
+        assert await snapshots_in(there) == ["before"]
+        await b.service.start("owner", StartRequest())
+        report = await moved(b, "owner", "a", accept=["snapshots-lost"])
+        assert [finding.code for finding in report.findings if finding.severity == "warning"] == ["snapshots-lost"]
+        await a.service.kill("owner")
+        assert await snapshots_in(here) == []
+
+
 async def noted(there: Daemon, name: str) -> list[tuple[str, bool]]:
     """The bitmaps of the machine's disks, and whether anything was noted in them."""
     nodes = await there.service._registry.get(name).session.execute("query-named-block-nodes", {"flat": True})
@@ -78,11 +106,21 @@ async def noted(there: Daemon, name: str) -> list[tuple[str, bool]]:
     return [(bitmap["name"], bitmap["count"] > 0) for node in nodes for bitmap in node.get("dirty-bitmaps", ()) if "name" in bitmap]
 
 
-async def kept_in(image: Path) -> list[str]:
-    """The bitmaps that an image has, when nobody uses it."""
+async def facts_of(image: Path) -> dict[str, Any]:
+    """What an image has, when nobody uses it."""
     process = await asyncio.create_subprocess_exec("qemu-img", "info", "--output=json", str(image), stdout=asyncio.subprocess.PIPE)
     output, _ = await process.communicate()
-    return [bitmap["name"] for bitmap in json.loads(output)["format-specific"]["data"].get("bitmaps", ())]
+    return dict(json.loads(output))
+
+
+async def kept_in(image: Path) -> list[str]:
+    """The bitmaps that an image has."""
+    return [bitmap["name"] for bitmap in (await facts_of(image))["format-specific"]["data"].get("bitmaps", ())]
+
+
+async def snapshots_in(image: Path) -> list[str]:
+    """The snapshots that an image has."""
+    return [snapshot["name"] for snapshot in (await facts_of(image)).get("snapshots", ())]
 
 
 @pytest.mark.parametrize("how", ["shared", "copy"])
