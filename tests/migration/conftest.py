@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qmpd import commands
+from qmpd.credentials import FFDHE2048, PARAMETERS
 from qmpd.migration.tls import ClientTls, ServerTls
 from qmpd.pki.directory import AUTHORITY, REVOKED, Pki
 from tests.api.lab import reserved
@@ -63,6 +64,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert listed[0] is not None
             assert listed[1] is not None
             Pki(root / name).install(made, listed[0], listed[1])
+            (root / name / PARAMETERS).write_text(FFDHE2048)  # or each QEMU that waits would search for some
     return root
 
 

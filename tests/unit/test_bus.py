@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 
 from qmpd.bus import EVENTS_LOST, QUEUE_EVENTS, REPLAY_PAGE, Bus, SlowReader, Subscription, open_bus
-from qmpd.database import MAX_WAITING, Database, open_database
+from qmpd.database import Database, open_database
 from qmpd.errors import Busy, Conflict, EventsGone
 from qmpd.journal import KEPT_EVENTS, Journal, open_journal
 from qmpd.views import Event
 
-PATIENCE_S = 20
+PATIENCE_S = 60
+#: As many requests as may wait for the database, in a test that fills it.
+FEW = 200
 
 
 class World:
@@ -315,19 +317,22 @@ async def test_a_slow_reader_stays_cut_when_events_were_recorded_past_the_bus(wo
             await anext(stream)
 
 
-async def test_events_that_cannot_be_recorded_are_counted_and_said(world: World, caplog: pytest.LogCaptureFixture) -> None:
+async def test_events_that_cannot_be_recorded_are_counted_and_said(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qmpd.database.MAX_WAITING", FEW)
     async with world.bus.subscribe(since=0) as stream:
         with world.stuck():
-            for _ in range(MAX_WAITING - 1):
+            for _ in range(FEW - 1):
                 world.bus.publish("tick")
             refused = [world.bus.publish("tick") for _ in range(5)]
             with pytest.raises(Busy):
                 await refused[0]
-        taken = await take(stream, MAX_WAITING - 1)
+        taken = await take(stream, FEW - 1)
         await world.bus.publish("tick")
         lost = await anext(stream)
         assert (lost.kind, lost.data) == (EVENTS_LOST, {"count": 5})
-        assert [*taken, lost.number, *await take(stream, 1)] == span(1, MAX_WAITING + 1)
+        assert [*taken, lost.number, *await take(stream, 1)] == span(1, FEW + 1)
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
 
 
