@@ -31,7 +31,7 @@ from tests.machines import copy_of, spec_of
 from tests.migration.disks import NODE, Writers
 from tests.migration.ends import attempt, go_on, outgoing_to
 from tests.migration.strangers import WORDS, says
-from tests.migration.test_moves import FEW_PAGES, HUNG_S, LOOK_S, busy, ended, filled, moved, printed
+from tests.migration.test_moves import FEW_PAGES, HUNG_S, LOOK_S, busy, ended, filled, moved, printed, set_to_work
 from tests.migration.test_moving_disks import written
 from tests.migration.test_tunnel import until
 
@@ -185,7 +185,7 @@ async def test_memory_that_was_cut_off_comes_again_to_a_socket_that_was_passed_p
 
         monkeypatch.setattr(relays, "await_again", scanned)
         # Most of its memory the guest never asks for, so that it takes its time.
-        await a.service.create(filled(busy(short_directory, FEW_PAGES), short_directory / "filling"), start=True)
+        await set_to_work(a, filled(busy(short_directory, FEW_PAGES), short_directory / "filling"), FEW_PAGES)
         goal = Goal(bandwidth_mib_s=1, downtime_ms=1, deadline_s=1.0, then="postcopy", auto_converge=False)
         job = await a.service.migration.migrate("busy", MigrateRequest(peer="b", goal=goal))
         await following(a, "busy")

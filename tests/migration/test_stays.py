@@ -20,7 +20,7 @@ from tests.api.lab import Daemon
 from tests.guests.build import Guest
 from tests.machines import spec_of
 from tests.migration.doubtful import NAME, cuts_off, until
-from tests.migration.test_moves import HUNG_S, LOOK_S, busy, counting, ended, known, pair, printed
+from tests.migration.test_moves import HUNG_S, LOOK_S, busy, counting, ended, known, pair, printed, set_to_work
 
 __all__ = ["counting"]
 pytestmark = pytest.mark.qemu
@@ -75,7 +75,7 @@ async def loaded(directory: Path, guest: Guest, patch: pytest.MonkeyPatch) -> As
 
 async def test_while_it_moves_qmp_only_reads(short_directory: Path) -> None:
     async with pair(short_directory) as (a, b):
-        await a.service.create(busy(short_directory), start=True)
+        await set_to_work(a, busy(short_directory))
         slow = Goal(bandwidth_mib_s=1, auto_converge=False)
         job = await a.service.migration.migrate("busy", MigrateRequest(peer="b", goal=slow))
         async with asyncio.timeout(HUNG_S):

@@ -19,7 +19,7 @@ from qmpd.views import HostShutdownRequest, HostShutdownView, JobView
 from tests.api.lab import Daemon
 from tests.guests.build import Guest
 from tests.machines import spec_of
-from tests.migration.test_moves import HUNG_S, LOOK_S, busy, counting, ended, known, pair
+from tests.migration.test_moves import HUNG_S, LOOK_S, busy, counting, ended, known, pair, set_to_work
 
 __all__ = ["counting"]
 pytestmark = pytest.mark.qemu
@@ -65,7 +65,7 @@ async def under_way(there: Daemon, guest: Guest) -> JobView:
 async def test_a_machine_waits_for_a_place(short_directory: Path, counting: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vacancies, "AWAITED_OF_PEER", 1)
     async with pair(short_directory) as (a, b):
-        await a.service.create(busy(short_directory), start=True)
+        await set_to_work(a, busy(short_directory))
         await a.service.create(spec_of(counting, "second"), start=True)
         first = await a.service.migration.migrate("busy", MigrateRequest(peer="b", goal=SLOW))
         await awaited(b, "busy")
@@ -91,7 +91,7 @@ async def test_a_machine_waits_for_a_place(short_directory: Path, counting: Gues
 async def test_so_many_come_at_a_time_from_all_peers(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vacancies, "AWAITED", 1)
     async with pair(short_directory) as (a, b):
-        await a.service.create(busy(short_directory), start=True)
+        await set_to_work(a, busy(short_directory))
         job = await a.service.migration.migrate("busy", MigrateRequest(peer="b", goal=SLOW))
         await awaited(b, "busy")
         with pytest.raises(Busy, match="the most at a time"):
@@ -128,7 +128,7 @@ async def test_a_machine_that_is_ended_with_its_host_is_not_offered(
 
 async def test_a_host_that_goes_down_turns_away_what_has_not_arrived(short_directory: Path) -> None:
     async with pair(short_directory) as (a, b):
-        await a.service.create(busy(short_directory), start=True)
+        await set_to_work(a, busy(short_directory))
         moving = await a.service.migration.migrate("busy", MigrateRequest(peer="b", goal=SLOW))
         await awaited(b, "busy")
         down = await ended(b, await b.service.shutdown_host(HostShutdownRequest()))
