@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qmpd.lifecycle import State
 from qmpd.migrationviews import MigrateRequest
 from qmpd.pki.directory import Pki
 from tests.guests.build import Guest
@@ -19,7 +20,7 @@ from tests.migration.crashes import Sides, asked, ended
 from tests.migration.hosts import Hosts, hosts, stopped
 from tests.migration.network import NoNetworks
 from tests.migration.strangers import WORDS, breaks_off, impostors, says
-from tests.migration.traveller import Traveller
+from tests.migration.traveller import PATIENCE_S, Traveller
 from tests.unavailable import unavailable
 
 pytestmark = pytest.mark.qemu
@@ -51,6 +52,8 @@ async def test_a_scan_between_the_consent_and_the_peer_lets_the_peer_in(
     await machine.begin(world[0])
     await machine.grown(world[0], PRINTED)
     await world[0].armed(READY)
+    async with world[0].client() as client:  # a daemon answers before it has taken its machines over
+        await client.wait(machine.name, [State.RUNNING], PATIENCE_S)
     asking = asyncio.create_task(asked(sides, MigrateRequest(peer=world[1].name, channels=channels)), name="asking")
     assert await stopped(world[0]) is world[0]
     addresses = [(world[1].station.address, port) for port in await asyncio.to_thread(world[1].ports)]
